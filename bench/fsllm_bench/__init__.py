@@ -1,0 +1,1 @@
+"""Benchmarks, measurements and the embedded demonstration of fsllm."""

@@ -1,0 +1,132 @@
+"""What the daemon and its trainer worker say to each other: JSON lines over a Unix socket.
+
+The daemon listens, starts the worker's process group (one process a rank) and every rank connects and sends ``Here``.
+The daemon sends each order to every rank; only rank 0 answers, with any number of ``Advanced`` and then exactly one
+``Finished`` or ``Gave up``. Tensors never pass through the socket: they lie in safetensors files whose paths the order
+names. A rank whose socket closes ends its process, so no worker outlives its daemon.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from fsllm_common.plan import Plan
+
+
+class Message(BaseModel):
+    """One line on the socket."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# From the daemon.
+
+
+class Prepare(Message):
+    """Load the base model and tokenise the data of this run. Once a run; a later one replaces the run before."""
+
+    kind: Literal["prepare"] = "prepare"
+    run_id: str
+    plan: Plan
+    model: Path
+    data: Path
+    role: Literal["site", "evaluator"]
+    deepspeed_config: Path | None = None
+    """The site's own DeepSpeed JSON, which replaces the plan's deepspeed section."""
+
+
+class Build(Message):
+    """Write version 0 of the adapter, made from the plan's seed on CPU in float32."""
+
+    kind: Literal["build"] = "build"
+    adapter: Path
+    """Where to write: safetensors, with the adapter's PEFT configuration in the metadata key ``adapter_config``."""
+
+
+class Train(Message):
+    """Load ``base``, train one round, write ``delta`` = local - base in float32."""
+
+    kind: Literal["train"] = "train"
+    round: int
+    base: Path
+    delta: Path
+    resume: Path | None = None
+    """The site's private state folder of this run (optimizer, rule state); made when absent."""
+
+
+class Evaluate(Message):
+    """Measure ``adapter`` on the validation rows (a site) or on all rows (an evaluator)."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    adapter: Path
+
+
+class Account(Message):
+    """Compute the epsilon of so many releases with the Gaussian mechanism (opacus's accountant)."""
+
+    kind: Literal["account"] = "account"
+    multiplier: float
+    releases: int
+    delta: float
+
+
+class Stop(Message):
+    """End the process in good order."""
+
+    kind: Literal["stop"] = "stop"
+
+
+Order = Annotated[Prepare | Build | Train | Evaluate | Account | Stop, Field(discriminator="kind")]
+
+
+# From the worker.
+
+
+class Here(Message):
+    """A rank has started."""
+
+    kind: Literal["here"] = "here"
+    rank: int
+    world: int
+    pid: int
+
+
+class Advanced(Message):
+    """Something moved: rows read, steps taken, examples evaluated."""
+
+    kind: Literal["advanced"] = "advanced"
+    activity: Literal["reading", "loading", "building", "training", "evaluating"]
+    done: int
+    total: int
+    metrics: dict[str, float] = {}
+    """E.g. loss, tokens_per_second, learning_rate."""
+
+
+class Finished(Message):
+    """The order is done. What ``counts`` and ``metrics`` hold depends on the order.
+
+    ``prepare``: counts train_rows, validation_rows, skipped_rows, sequences, parameters (trainable), and notes for the
+    log. ``train``: counts examples, tokens (answer tokens trained on), steps; metrics train_loss, tokens_per_second,
+    seconds, gpu_memory_bytes. ``evaluate``: metrics loss, perplexity, exact_match as the plan wants; counts examples,
+    tokens. ``account``: metrics epsilon.
+    """
+
+    kind: Literal["finished"] = "finished"
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+
+
+class GaveUp(Message):
+    """The order can not be done. ``reason`` is a key of ``fsllm_common.errors.REASONS``."""
+
+    kind: Literal["gave_up"] = "gave_up"
+    reason: str
+    message: str
+
+
+Report = Annotated[Here | Advanced | Finished | GaveUp, Field(discriminator="kind")]
+
+order_lines: TypeAdapter[Order] = TypeAdapter(Order)
+report_lines: TypeAdapter[Report] = TypeAdapter(Report)

@@ -1,0 +1,80 @@
+"""What an algorithm is: a server half that is pure numpy, and a client half of hooks around an ordinary training loop.
+
+Both halves of a method stand in one file of this package (or of a third party's, registered under the entry point group
+``fsllm.algorithms``). The names of the server half are the paper's (FederatedScope-LLM, arXiv 2309.00363): ``prepare``,
+``broadcast`` (done by the engine from what ``prepare`` returns), ``aggregate`` (``weigh`` and ``apply`` around the engine's reducer)
+and ``redistribute``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from fsllm_common.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the server knows of one acknowledged update besides its tensors."""
+
+    member: str
+    examples: int
+    tokens: int
+    steps: int
+
+
+class LocalRule:
+    """The client half. The base class is plain local training; a method overrides the hooks it needs.
+
+    One object lives from ``receive`` to ``produce`` of one round, in every rank. Parameters are the adapter's trainable
+    ones by their PEFT state-dict names; under ZeRO-3 the trainer has gathered those it passes in.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def receive(self, base: Mapping[str, torch.Tensor]) -> None:
+        """See the base version (float32, on CPU), by name, before the first step."""
+
+    def loss(self, loss: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss to differentiate, from the batch's own."""
+        return loss
+
+    def after_backward(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Change gradients in place, after the last micro batch and before clipping."""
+
+    def after_step(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
+        """See the parameters after an optimizer step."""
+
+    def produce(self, delta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what leaves the trainer, from ``delta`` = local - base (float32, on CPU)."""
+        return delta
+
+
+class Algorithm:
+    """The server half: how acknowledged deltas become the next global version. Holds no state between rounds."""
+
+    name: ClassVar[str]
+    local_rule: ClassVar[type[LocalRule]] = LocalRule
+    needs_trainer: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def weigh(self, updates: Sequence[Update]) -> list[float]:
+        """Return each update's share in the sum, in the order given. Shares are positive and sum to 1."""
+        raise NotImplementedError
+
+    def apply(self, base: npt.NDArray[np.float32], mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return a block of the next version from the same block of the base and of the weighted mean delta.
+
+        Called block by block, so it must work elementwise. Must not change its arguments.
+        """
+        raise NotImplementedError

@@ -1,0 +1,206 @@
+"""A run's plan: everything that the sites and the server must agree on before the first round.
+
+A plan is a YAML, TOML or JSON file with the keys below. Unknown keys are refused. Every key but ``name`` and ``model`` has
+a default. What a site must decide alone (where models lie, which noise is the least, its GPUs) is in the site's policy
+and settings, not here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a plan: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which base model the sites fine-tune. The server never sees it."""
+
+    name: str = Field(
+        min_length=1,
+        description="The model's name in each site's policy ([models] name = folder). 'embedded' is the project's own "
+        "tiny model; 'synthetic' stands for no model at all and goes with algorithm.name: noop.",
+    )
+    digest: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="BLAKE3 of the model's weights as `fsllm-client model digest FOLDER` prints it; a site whose "
+        "folder differs declines. Unset: not checked.",
+    )
+
+
+class Adapter(Section):
+    """The trainable part that travels: a PEFT adapter."""
+
+    kind: Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"] = "lora"
+    rank: PositiveInt = Field(default=8, description="Rank of lora, dora, rslora.")
+    alpha: PositiveFloat = Field(default=16, description="LoRA's alpha; the scale is alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="Module names to adapt, e.g. [q_proj, v_proj]."
+    )
+    virtual_tokens: PositiveInt = Field(default=16, description="Length of prefix, prompt and p-tuning.")
+    encoder_hidden_size: PositiveInt = Field(default=128, description="Width of p-tuning's encoder.")
+
+
+class Synthetic(Section):
+    """The tensors of a run with ``algorithm.name: noop``, which measures the system without training."""
+
+    tensors: PositiveInt = 64
+    mebibytes: PositiveFloat = Field(default=8, description="Total size in float32.")
+
+
+class Algorithm(Section):
+    """How local results become the next global version."""
+
+    name: str = Field(default="fedavg", description="fedavg, fedprox, noop, or one registered by another package.")
+    weighting: Literal["examples", "tokens", "uniform", "capped"] = Field(
+        default="examples", description="What an update counts for; capped: examples, at most weight_cap."
+    )
+    weight_cap: PositiveInt = Field(default=1000, description="For weighting: capped.")
+    server_learning_rate: PositiveFloat = Field(default=1.0, description="x <- x + rate x mean(delta).")
+    proximal_mu: float = Field(default=0.0, ge=0, description="fedprox: mu of mu/2 |y - x|^2.")
+    synthetic: Synthetic = Synthetic()
+
+
+class Cohort(Section):
+    """Who takes part, and how many are enough."""
+
+    sites: tuple[str, ...] | None = Field(default=None, description="Only these sites; unset: every enrolled site.")
+    quorum: PositiveInt = Field(default=2, description="The fewest updates that make a round.")
+    size: PositiveInt | None = Field(default=None, description="Updates wanted a round; unset: from all that are ready.")
+    over_selection: float = Field(
+        default=1.0, ge=1, le=4, description="Ask size x this many sites; the first `size` updates make the round."
+    )
+
+
+class Timing(Section):
+    """When the engine stops waiting. Work that advances is never ended by the idle time."""
+
+    recruit_seconds: Seconds | None = Field(
+        default=None, description="How long to wait for a quorum of sites; unset: for ever."
+    )
+    gather_seconds: Seconds = Field(
+        default=2.0, description="How long to wait for more sites once a quorum is ready, before the first round."
+    )
+    collect_seconds: Seconds | None = Field(
+        default=None, description="A round's deadline for updates, when a quorum is enough; unset: none."
+    )
+    evaluate_seconds: Seconds = Field(default=600, description="A round's deadline for evaluations.")
+    idle_seconds: Seconds = Field(
+        default=300, description="A site whose steps and bytes have not advanced for so long is dropped from the round."
+    )
+    failed_rounds: PositiveInt = Field(default=3, description="So many failures in a row pause the run.")
+
+
+class Train(Section):
+    """Local training in one round."""
+
+    steps: PositiveInt | None = Field(default=30, description="Optimizer steps a round; unset: use epochs.")
+    epochs: PositiveFloat | None = Field(default=None, description="Passes over the site's data a round; needs steps: null.")
+    batch_size: PositiveInt = Field(default=16, description="Sequences a step, over all ranks and accumulation.")
+    micro_batch_size: PositiveInt | None = Field(
+        default=None, description="Sequences a forward pass on one rank; the rest is accumulated. Unset: as one pass."
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 3e-4
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Of the learning rate, over the run's rounds; constant within a round."
+    )
+    warmup_rounds: int = Field(default=0, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="Where cosine and linear end, of learning_rate.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    optimizer_state: Literal["reset", "keep"] = Field(
+        default="reset", description="At the start of a round: a fresh optimizer, or the site's last one."
+    )
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's part of the plan. A site may put its own JSON in its place (setting ``deepspeed_config``)."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    offload_optimizer: bool = Field(default=True, description="Keep the optimizer on the host: ZeRO-Offload.")
+    offload_parameters: bool = Field(default=False, description="Keep the parameters on the host; stage 3 only.")
+
+
+class Data(Section):
+    """How a site's rows become training sequences."""
+
+    format: Literal["auto", "instruction", "completion", "chat", "text"] = "auto"
+    fields: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"], str] = Field(
+        default_factory=dict, description="Our name: the name in the site's files."
+    )
+    template: str = Field(
+        default="alpaca", description="'tokenizer' for the tokenizer's chat template, or alpaca, plain, chatml."
+    )
+    max_length: PositiveInt = Field(default=512, description="Tokens a sequence; longer examples are cut at the end.")
+    packing: bool = Field(default=True, description="Several examples a sequence, kept apart by attention.")
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Of a site's rows, never trained on.")
+    validation_limit: PositiveInt = Field(default=200, description="At most so many validation rows.")
+
+
+class Clip(Section):
+    """Scale the delta down to this norm."""
+
+    stage: Literal["clip"] = "clip"
+    norm: PositiveFloat = Field(description="L2 over all tensors.")
+
+
+class Noise(Section):
+    """Add Gaussian noise to a clipped delta: local, client-level differential privacy."""
+
+    stage: Literal["noise"] = "noise"
+    multiplier: PositiveFloat = Field(description="Standard deviation a coordinate = multiplier x clip norm.")
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="The delta of (epsilon, delta).")
+
+
+Stage = Annotated[Clip | Noise, Field(discriminator="stage")]
+
+
+class Wire(Section):
+    """What an update and a version look like on the wire."""
+
+    element_type: Literal["fp32", "bf16", "fp16"] = "bf16"
+    max_update_norm: PositiveFloat | None = Field(
+        default=None, description="The server refuses an update whose L2 norm is larger. Unset: only NaN and Inf."
+    )
+
+
+class Evaluate(Section):
+    """What is measured at the end of a round."""
+
+    every: int = Field(default=1, ge=0, description="Rounds between evaluations; 0: never. The last round always is.")
+    metrics: tuple[Literal["loss", "perplexity", "exact_match"], ...] = ("loss", "perplexity")
+    limit: PositiveInt = Field(default=200, description="At most so many examples a member.")
+    max_new_tokens: PositiveInt = Field(default=32, description="For exact_match, greedy.")
+    normalizer: Literal["strip", "lower", "gsm8k", "number"] = Field(
+        default="strip", description="Applied to the answer and the reference before they are compared."
+    )
+
+
+class Plan(Section):
+    """The whole plan of a run."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="For people; need not be unique.")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    rounds: PositiveInt = 10
+    model: Model
+    adapter: Adapter = Adapter()
+    algorithm: Algorithm = Algorithm()
+    cohort: Cohort = Cohort()
+    timing: Timing = Timing()
+    train: Train = Train()
+    deepspeed: DeepSpeed = DeepSpeed()
+    data: Data = Data()
+    pipeline: tuple[Stage, ...] = ()
+    wire: Wire = Wire()
+    evaluate: Evaluate = Evaluate()

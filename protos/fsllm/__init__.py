@@ -1,0 +1,1 @@
+"""fsllm: the contract on the wire."""
