@@ -1,0 +1,147 @@
+"""One record of a file becomes one ``Example``, whichever names and format the file uses."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, cast, get_args
+
+from fsllm_common.errors import DataInvalid
+from fsllm_common.plan.schema import Data
+
+Format = Literal["instruction", "completion", "chat", "text"]
+Role = Literal["system", "user", "assistant"]
+FieldName = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"]
+
+REQUIRED: Final[dict[Format, tuple[FieldName, ...]]] = {
+    "chat": ("messages",),
+    "instruction": ("instruction", "output"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The fields that make a format, in the order in which formats are tried. Text comes last: datasets often carry a
+rendered ``text`` beside the fields it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row stands, for people."""
+
+    file: Path
+    number: int
+    unit: Literal["line", "row"] = "line"
+
+    def __str__(self) -> str:
+        """Return e.g. ``/data/a.jsonl, line 3``."""
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says. ``input`` is an instruction's separate input, empty everywhere else."""
+
+    role: Role
+    content: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row of a site's data: a conversation to be answered, or plain text (one assistant turn and no prompt).
+
+    Two examples are equal when their content is, wherever they stand.
+    """
+
+    format: Format
+    turns: tuple[Turn, ...]
+    place: Place = field(compare=False)
+
+    @property
+    def reference(self) -> str | None:
+        """The last answer, which exact match compares with; ``None`` for plain text."""
+        if self.format == "text":
+            return None
+        return next((turn.content for turn in reversed(self.turns) if turn.role == "assistant"), None)
+
+
+def detect_format(record: Mapping[str, object], data: Data, place: Place) -> Format:
+    """Return the plan's format, or for ``auto`` the first whose fields the record has (mapped ones go first).
+
+    Raises:
+        DataInvalid: no format fits.
+
+    """
+    if data.format != "auto":
+        return data.format
+    mapped_first = sorted(REQUIRED, key=lambda name: not set(REQUIRED[name]) & set(data.fields))
+    for name in mapped_first:
+        if all(_file_name(ours, data) in record for ours in REQUIRED[name]):
+            return name
+    wanted = "; ".join(" and ".join(_file_name(ours, data) for ours in fields) for fields in REQUIRED.values())
+    raise DataInvalid(f"{place}: the row has the fields of no known format, which are: {wanted}.")
+
+
+def example_from_record(record: Mapping[str, object], format_: Format, data: Data, place: Place) -> Example:
+    """Return the record as an example.
+
+    Raises:
+        DataInvalid: a field is missing or not of its type. Names the field and the place, never the content.
+
+    """
+
+    def text(ours: FieldName) -> str:
+        return _text(record, _file_name(ours, data), place)
+
+    if format_ == "chat":
+        turns = _messages(record, _file_name("messages", data), place)
+    elif format_ == "instruction":
+        # An absent or null input is the common way to say that there is none.
+        has_input = record.get(_file_name("input", data)) is not None
+        turns = (
+            Turn("user", text("instruction"), text("input") if has_input else ""),
+            Turn("assistant", text("output")),
+        )
+    elif format_ == "completion":
+        turns = (Turn("user", text("prompt")), Turn("assistant", text("completion")))
+    else:
+        turns = (Turn("assistant", text("text")),)
+    return Example(format_, turns, place)
+
+
+def _file_name(ours: FieldName, data: Data) -> str:
+    return data.fields.get(ours, ours)
+
+
+def _text(record: Mapping[str, object], name: str, place: Place) -> str:
+    value = record.get(name)
+    if value is None:
+        raise DataInvalid(f"{place}: the field '{name}' is missing or null.")
+    if not isinstance(value, str):
+        raise DataInvalid(f"{place}: the field '{name}' is not text.")
+    try:
+        # JSON can escape half of a surrogate pair, which no tokenizer takes.
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataInvalid(f"{place}: the field '{name}' is not valid Unicode.") from error
+    return value
+
+
+def _messages(record: Mapping[str, object], name: str, place: Place) -> tuple[Turn, ...]:
+    value = record.get(name)
+    if isinstance(value, str):  # a CSV file can hold messages only as JSON text
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataInvalid(f"{place}: the field '{name}' is neither a list of messages nor JSON.") from error
+    if not isinstance(value, list) or not value:
+        raise DataInvalid(f"{place}: the field '{name}' is missing or not a list of messages.")
+    turns: list[Turn] = []
+    for index, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise DataInvalid(f"{place}: message {index} of '{name}' is not an object with role and content.")
+        role = message.get("role")
+        if role not in get_args(Role):
+            raise DataInvalid(f"{place}: message {index} of '{name}' has no role of system, user, assistant.")
+        content = _text(message, "content", place)
+        turns.append(Turn(cast("Role", role), content))
+    return tuple(turns)
