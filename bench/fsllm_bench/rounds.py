@@ -1,8 +1,8 @@
 """Seconds a round and memory of the server, without training: ``python -m fsllm_bench.rounds``.
 
 Real daemons over mTLS on loopback; every site sends a made-up float32 delta (``algorithm.name: noop``), which the
-server spools, syncs, verifies, folds and publishes as any other. A round is the time between two commits, so it holds every
-upload, the fold, and every download.
+server spools, syncs, verifies, folds and publishes as any other. A round is the time between two commits, so it holds
+every upload, the fold, and every download.
 """
 
 import itertools
@@ -85,7 +85,7 @@ def measure(sites: int, mebibytes: float, rounds: int) -> tuple[float, float]:
 def _fsllm(state: Path, *arguments: str) -> str:
     done = subprocess.run(
         [command("fsllm"), *arguments],
-        env=environment_of_a_site(1) | {"FSLLM_SERVER_STATE": str(state), "HOME": str(state.parent)},
+        env=environment_of_a_site(1) | {"FSLLM_STATE_DIR": str(state), "HOME": str(state.parent)},
         check=False,
         capture_output=True,
         text=True,

@@ -110,7 +110,7 @@ class _Operator:
     def __init__(self, console: Console, state: Path) -> None:
         self._console = console
         self._base = [command("fsllm")]
-        self._environment = os.environ | {"FSLLM_SERVER_STATE": str(state)}
+        self._environment = os.environ | {"FSLLM_STATE_DIR": str(state)}
 
     def __call__(self, *arguments: str, shown: bool = True) -> str:
         if shown:

@@ -162,6 +162,7 @@ def _save_tokenizer(tokenizer: Tokenizer, recipe: Recipe, directory: Path) -> No
         "pad_token": PAD,
         "model_max_length": recipe.context,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
@@ -189,8 +190,8 @@ of no use for anything else, and what it says about clinics is no medical advice
 
 From random weights, {recipe.steps} steps of {recipe.batch} x {recipe.context} tokens of text that
 `fsllm_bench/embedded/corpus.py` generates. No text and no weights of others went into it.
-The text never asks for anything in the form of an instruction, so the model as it is answers
-none; a LoRA adapter of rank 8 brings the skills out within some tens of steps.
+The text holds none of the tasks' instructions, and the model as it is answers none; a LoRA
+adapter of rank 8 brings the skills out within some tens of steps.
 
 Load it in float32 (`dtype=torch.float32`) to train it. Prompts work with `<s>` and without;
 an answer ends with `</s>`.
@@ -213,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = make_model(recipe, tokenizer)
     model.bfloat16()
     model.save_pretrained(options.out)
+    (options.out / "model.safetensors").chmod(0o644)  # it is written for its owner only
     _save_tokenizer(tokenizer, recipe, options.out)
     card = _card(recipe, sum(weight.numel() for weight in model.parameters()))
     (options.out / "README.md").write_text(card, encoding="utf-8")

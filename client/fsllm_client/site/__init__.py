@@ -1,0 +1,1 @@
+"""The site itself: its policy, its privacy ledger, its private state, its host."""

@@ -1,9 +1,11 @@
 """What the daemon and its trainer worker say to each other: JSON lines over a Unix socket.
 
 The daemon listens, starts the worker's process group (one process a rank) and every rank connects and sends ``Here``.
-The daemon sends each order to every rank; only rank 0 answers, with any number of ``Advanced`` and then exactly one
-``Finished`` or ``Gave up``. Tensors never pass through the socket: they lie in safetensors files whose paths the order
-names. A rank whose socket closes ends its process, so no worker outlives its daemon.
+The daemon sends each order to every rank, one order at a time, and EVERY rank ends it with exactly one ``Finished`` or
+``GaveUp``: so the daemon knows when the ranks are out of step (one has given up, another waits for it) and ends the
+group. Only rank 0 sends ``Advanced``, and only what its ``Finished`` holds counts. Tensors never pass through the
+socket: they lie in safetensors files whose paths the order names. A rank whose socket closes ends its process, so no
+worker outlives its daemon.
 """
 
 from pathlib import Path
@@ -24,7 +26,7 @@ class Message(BaseModel):
 
 
 class Prepare(Message):
-    """Load the base model and tokenise the data of this run. Once a run; a later one replaces the run before."""
+    """Load the base model and tokenise the data of this run. Once in a worker's life: another run, another process."""
 
     kind: Literal["prepare"] = "prepare"
     run_id: str
@@ -49,6 +51,7 @@ class Train(Message):
 
     kind: Literal["train"] = "train"
     round: int
+    """Counted from 1."""
     base: Path
     delta: Path
     resume: Path | None = None
@@ -71,13 +74,19 @@ class Account(Message):
     delta: float
 
 
+class Cancel(Message):
+    """Give up the order in hand at its next step, with ``ORDER_UNKNOWN``; what is loaded stays. No answer of its own."""
+
+    kind: Literal["cancel"] = "cancel"
+
+
 class Stop(Message):
     """End the process in good order."""
 
     kind: Literal["stop"] = "stop"
 
 
-Order = Annotated[Prepare | Build | Train | Evaluate | Account | Stop, Field(discriminator="kind")]
+Order = Annotated[Prepare | Build | Train | Evaluate | Account | Cancel | Stop, Field(discriminator="kind")]
 
 
 # From the worker.
@@ -106,10 +115,12 @@ class Advanced(Message):
 class Finished(Message):
     """The order is done. What ``counts`` and ``metrics`` hold depends on the order.
 
-    ``prepare``: counts train_rows, validation_rows, skipped_rows, sequences, parameters (trainable), and notes for the
-    log. ``train``: counts examples, tokens (answer tokens trained on), steps; metrics train_loss, tokens_per_second,
-    seconds, gpu_memory_bytes. ``evaluate``: metrics loss, perplexity, exact_match as the plan wants; counts examples,
-    tokens. ``account``: metrics epsilon.
+    ``prepare``: counts train_rows, validation_rows, skipped_rows and the like, sequences, parameters (trainable), ranks, and
+    notes for the log. ``build``: counts parameters. ``train``: counts examples (the site's training rows: FedAvg's n_k),
+    tokens (answer tokens trained on), steps; metrics train_loss, tokens_per_second, seconds, learning_rate,
+    gpu_memory_bytes (0 without a GPU). ``evaluate``: metrics loss, perplexity, exact_match as the plan wants (none of those
+    without rows to measure on), seconds; counts examples and tokens behind the loss, answers behind exact_match.
+    ``account``: metrics epsilon.
     """
 
     kind: Literal["finished"] = "finished"
@@ -124,6 +135,7 @@ class GaveUp(Message):
     kind: Literal["gave_up"] = "gave_up"
     reason: str
     message: str
+    cure: str | None = None
 
 
 Report = Annotated[Here | Advanced | Finished | GaveUp, Field(discriminator="kind")]

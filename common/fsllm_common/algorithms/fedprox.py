@@ -1,7 +1,7 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): FedAvg whose local loss has mu/2 |y - x|^2 added.
 
-The term is added to the gradient (mu (y - x)) rather than to the loss: it is the same step, costs no graph, and works on
-the float32 master weights under every ZeRO stage.
+The term is added to the gradient, as mu (y - x), rather than to the loss: it is the same step, costs no graph, and works
+under every ZeRO stage (under ZeRO-3 a loss can not even see the parameters).
 """
 
 from __future__ import annotations
@@ -29,13 +29,10 @@ class Proximal(LocalRule):
         """Keep the base version."""
         self._base = base
 
-    def after_backward(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Add mu (y - x) to each gradient."""
-        mu = self.plan.algorithm.proximal_mu
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                base = self._base[name].to(parameter.device, parameter.dtype)
-                parameter.grad.add_(parameter.detach() - base, alpha=mu)
+    def after_backward(self, name: str, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return gradient + mu (y - x)."""
+        base = self._base[name].to(value.device)
+        return gradient + self.plan.algorithm.proximal_mu * (value - base)
 
 
 class FedProx(FedAvg):

@@ -33,28 +33,40 @@ class Update:
 class LocalRule:
     """The client half. The base class is plain local training; a method overrides the hooks it needs.
 
-    One object lives from ``receive`` to ``produce`` of one round, in every rank. Parameters are the adapter's trainable
-    ones by their PEFT state-dict names; under ZeRO-3 the trainer has gathered those it passes in.
+    One object lives from ``receive`` to ``produce`` of one round, in every rank. Tensors are the adapter's trainable ones by
+    their PEFT state-dict names, whole, in float32, whatever precision and ZeRO stage the site trains with. The trainer gathers
+    them only for a rule that overrides the hook, and calls every hook on every rank with the same values.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def receive(self, base: Mapping[str, torch.Tensor]) -> None:
-        """See the base version (float32, on CPU), by name, before the first step."""
+        """See the base version (on CPU), by name, before the first step."""
 
-    def loss(self, loss: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss to differentiate, from the batch's own."""
+    def loss(self, loss: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss to differentiate, from the sum of a forward pass's token losses.
+
+        What is returned is divided by the answer tokens of the whole step, over all passes and ranks.
+
+        Args:
+            loss: A scalar, the sum over the labels that are not -100.
+            labels: (sequences, tokens), -100 where nothing is predicted.
+            logits: (sequences, virtual tokens + tokens, vocabulary).
+
+        """
         return loss
 
-    def after_backward(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Change gradients in place, after the last micro batch and before clipping."""
+    def after_backward(self, name: str, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return the gradient to use, from the step's own (the mean over its tokens), before clipping."""
+        return gradient
 
-    def after_step(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
-        """See the parameters after an optimizer step."""
+    def after_step(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return the parameter to go on with, from its value after an optimizer step (on CPU)."""
+        return value
 
     def produce(self, delta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what leaves the trainer, from ``delta`` = local - base (float32, on CPU)."""
+        """Return what leaves the trainer, from ``delta`` = local - base (on CPU)."""
         return delta
 
 

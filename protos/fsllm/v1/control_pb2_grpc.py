@@ -152,7 +152,8 @@ class ControlServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportRun(self, request, context):
-        """Sends the manifest of a committed version (the latest by default), then its chunks. Errors: RUN_UNKNOWN, VERSION_UNKNOWN.
+        """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
+        was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,9 @@ class ControlServiceStub:
     CancelRun: _grpc.UnaryUnaryMultiCallable[_control_pb2.CancelRunRequest, _control_pb2.CancelRunResponse]
     """Ends the run. Its committed versions stay. Errors: RUN_UNKNOWN, RUN_ENDED."""
     ExportRun: _grpc.UnaryStreamMultiCallable[_control_pb2.ExportRunRequest, _control_pb2.ExportRunResponse]
-    """Sends the manifest of a committed version (the latest by default), then its chunks. Errors: RUN_UNKNOWN, VERSION_UNKNOWN."""
+    """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
+    was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
+    """
     Invite: _grpc.UnaryUnaryMultiCallable[_control_pb2.InviteRequest, _control_pb2.InviteResponse]
     """Makes a one-use join token for a new member. The secret is in this answer only: the server keeps its hash.
     Errors: MEMBER_EXISTS, NAME_INVALID.
@@ -86,7 +88,9 @@ class ControlServiceAsyncStub(ControlServiceStub):
     CancelRun: _aio.UnaryUnaryMultiCallable[_control_pb2.CancelRunRequest, _control_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Ends the run. Its committed versions stay. Errors: RUN_UNKNOWN, RUN_ENDED."""
     ExportRun: _aio.UnaryStreamMultiCallable[_control_pb2.ExportRunRequest, _control_pb2.ExportRunResponse]  # type: ignore[assignment]
-    """Sends the manifest of a committed version (the latest by default), then its chunks. Errors: RUN_UNKNOWN, VERSION_UNKNOWN."""
+    """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
+    was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
+    """
     Invite: _aio.UnaryUnaryMultiCallable[_control_pb2.InviteRequest, _control_pb2.InviteResponse]  # type: ignore[assignment]
     """Makes a one-use join token for a new member. The secret is in this answer only: the server keeps its hash.
     Errors: MEMBER_EXISTS, NAME_INVALID.
@@ -166,7 +170,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ExportRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.ExportRunResponse], _abc.AsyncIterator[_control_pb2.ExportRunResponse]]:
-        """Sends the manifest of a committed version (the latest by default), then its chunks. Errors: RUN_UNKNOWN, VERSION_UNKNOWN."""
+        """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
+        was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
+        """
 
     @_abc_1.abstractmethod
     def Invite(

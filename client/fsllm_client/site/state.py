@@ -1,0 +1,140 @@
+"""The state folder of a site's daemon: where what lies, and the lock that keeps a second daemon out.
+
+::
+
+    STATE/                  0700; files 0600
+        lock                held by the daemon; its process id
+        policy.toml         the site's policy, unless the setting names another file
+        ledger.jsonl        the privacy ledger
+        identity/           the key, the certificate, the federation's CA
+        runs/RUN/           run.json (what is known of the run), private/ (optimizer and rule state)
+        cache/              versions as downloaded, by digest
+        outbox/             results that the server has not acknowledged yet
+        trainer/            socket, logs and scratch files of the trainer
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Final, Self
+
+from fsllm_common.errors import FsllmError, SettingsInvalid
+from fsllm_common.files import disk_errors
+
+DIRECTORY_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+
+
+def default_state_folder() -> Path:
+    """Return $FSLLM_STATE_DIR, systemd's $STATE_DIRECTORY, or the user's own state folder."""
+    if explicit := os.environ.get("FSLLM_STATE_DIR"):
+        return Path(explicit)
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "fsllm" / "client"
+
+
+class StateFolder:
+    """Paths in the state folder. Making one creates the folder, readable by its owner only."""
+
+    def __init__(self, root: Path) -> None:
+        """Create what is missing.
+
+        Raises:
+            SettingsInvalid: The folder can not be made, or belongs to someone else.
+
+        """
+        self.root = root.expanduser().resolve()
+        self._lock: int | None = None
+        try:
+            with disk_errors(self.root):
+                self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+                self.root.chmod(DIRECTORY_MODE)
+                for folder in (self.identity, self.runs, self.cache, self.outbox, self.trainer):
+                    folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise SettingsInvalid(
+                f"The state folder {self.root} can not be used: {error.strerror}",
+                cure="Choose another folder with --state-dir or FSLLM_STATE_DIR, or mend its owner.",
+            ) from error
+
+    @property
+    def identity(self) -> Path:
+        """Key, certificate, CA."""
+        return self.root / "identity"
+
+    @property
+    def runs(self) -> Path:
+        """One folder a run."""
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Downloaded versions."""
+        return self.root / "cache"
+
+    @property
+    def outbox(self) -> Path:
+        """Results on their way."""
+        return self.root / "outbox"
+
+    @property
+    def trainer(self) -> Path:
+        """The trainer's socket, logs and scratch."""
+        return self.root / "trainer"
+
+    @property
+    def policy(self) -> Path:
+        """The default place of the policy."""
+        return self.root / "policy.toml"
+
+    @property
+    def ledger(self) -> Path:
+        """The privacy ledger."""
+        return self.root / "ledger.jsonl"
+
+    def private(self, run_id: str) -> Path:
+        """Return the private folder of a run (optimizer, rule state), which the trainer fills."""
+        return self.runs / run_id / "private"
+
+    def lock(self) -> Self:
+        """Take the folder for this process, until it ends.
+
+        Raises:
+            FsllmError: STATE_LOCKED, with the other process's id.
+
+        """
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise FsllmError("STATE_LOCKED", f"{self.root} is used by process {holder or 'unknown'}") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._lock = descriptor
+        return self
+
+    def unlock(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def daemon_pid(self) -> int | None:
+        """Return the id of the daemon that holds the folder; None when no daemon runs."""
+        try:
+            descriptor = os.open(self.root / "lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            return int(text) if text.isdigit() else None
+        else:
+            return None
+        finally:
+            os.close(descriptor)

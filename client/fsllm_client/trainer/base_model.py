@@ -1,0 +1,116 @@
+"""The base model and its tokenizer, from a folder of this host and from nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fsllm_common.errors import ModelUnusable
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def check_folder(folder: Path) -> None:
+    """Look for what a model folder must hold. Needs no torch.
+
+    Raises:
+        ModelUnusable: MODEL_MISSING when the folder, its configuration, weights or tokenizer are absent.
+
+    """
+    if not folder.is_dir():
+        raise ModelUnusable("MODEL_MISSING", f"the model folder {folder} does not exist")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelUnusable("MODEL_MISSING", f"the model folder {folder} has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        other = "; its weights are of another format" if any(folder.glob("*.bin")) or any(folder.glob("*.gguf")) else ""
+        raise ModelUnusable(
+            "MODEL_MISSING",
+            f"the model folder {folder} has no *.safetensors{other}",
+            cure="Save the model as safetensors, e.g. with save_pretrained, into the folder that the site's policy names.",
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelUnusable(
+            "MODEL_MISSING", f"the model folder {folder} has no tokenizer (one of {', '.join(_TOKENIZER_FILES)})"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer.
+
+    Raises:
+        ModelUnusable: MODEL_UNSUITABLE when transformers can not read it.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unsuitable(folder, "tokenizer", error) from error
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal language model on to the CPU (or partitioned, when ZeRO-3's configuration is announced).
+
+    Raises:
+        ModelUnusable: MODEL_UNSUITABLE when transformers can not read it as a causal language model, or a weight is missing.
+
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unsuitable(folder, "model", error) from error
+    # transformers only warns, and goes on with random numbers.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelUnusable(
+            "MODEL_UNSUITABLE", f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def shape_of_model(folder: Path) -> PreTrainedModel:
+    """Return the model with its shapes and no weights: float32 on the CPU, of memory that is never touched.
+
+    For building the first version of an adapter that does not look at the weights, however large the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unsuitable(folder, "model", error) from error
+    model.to_empty(device="cpu")
+    return model
+
+
+def _unsuitable(folder: Path, what: Literal["model", "tokenizer"], error: Exception) -> ModelUnusable:
+    first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    return ModelUnusable("MODEL_UNSUITABLE", f"transformers can not read the {what} in {folder}: {first_line}")
+
+
+def vocabulary(model: Any) -> int:  # noqa: ANN401 (a PreTrainedModel or a PeftModel)
+    """Return the number of token ids."""
+    return int(model.config.get_text_config().vocab_size)

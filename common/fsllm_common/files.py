@@ -1,0 +1,77 @@
+"""Files that are either wholly there or not at all, and full disks that say so."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fsllm_common.errors import Unavailable
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn 'no space left' and 'quota exceeded' into DISK_FULL naming ``folder``; other OSErrors pass.
+
+    Raises:
+        Unavailable: DISK_FULL.
+
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable("DISK_FULL", f"No space left for {folder}", retry_after=30.0) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a new path beside ``path`` to write to; on success it is synced and takes the place of ``path`` at once.
+
+    The file is created with ``mode`` before anything is written, so that a secret is at no time readable by others. On
+    an error nothing has changed.
+
+    Raises:
+        Unavailable: DISK_FULL.
+
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    with disk_errors(path.parent):
+        try:
+            os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+            yield fresh
+            descriptor = os.open(fresh, os.O_RDONLY)
+            try:
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            fresh.replace(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                fresh.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write ``data`` to ``path`` so that a crash at any instant leaves the old content or the new, never a mix.
+
+    Raises:
+        Unavailable: DISK_FULL.
+
+    """
+    with replacing(path, mode=mode) as fresh:
+        fresh.write_bytes(data)

@@ -1,0 +1,225 @@
+"""Reading a plan from YAML, TOML or JSON, with errors that a person can act on."""
+
+import difflib
+import functools
+import json
+import re
+import reprlib
+import tomllib
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fsllm_common.errors import PlanInvalid
+from fsllm_common.plan.combinations import refuse_combinations
+from fsllm_common.plan.schema import Plan, Stage
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_PLAN: Final = 1 << 20
+"""Bytes of a plan file."""
+
+_MAX_TOLD: Final = 10
+"""Errors told at once."""
+
+_TAGS: Final = tuple(str(stage.model_fields["stage"].default) for stage in get_args(get_args(Stage)[0]))
+
+
+def plan_from_file(path: Path) -> Plan:
+    """Read and check a plan from a .yaml, .yml, .toml or .json file.
+
+    Raises:
+        PlanInvalid: The file can not be read, a key is unknown or its value wrong, or keys do not go together.
+
+    """
+    parsers = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": _parse_toml, ".json": _parse_json}
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise PlanInvalid(f"{path}: a plan's file name ends in {', '.join(parsers)}", cure="Rename the file.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PlanInvalid(
+            f"{path}: {error.strerror}", cure="Give the path of a plan file that you may read."
+        ) from error
+    try:
+        return _plan(_parse(parse, data))
+    except PlanInvalid as error:
+        raise PlanInvalid(f"{path}: {error.message}", cure=error.cure) from error
+
+
+def plan_from_json(data: bytes) -> Plan:
+    """Read and check a plan from JSON, as it comes over the wire.
+
+    Raises:
+        PlanInvalid: Not JSON, a key is unknown or its value wrong, or keys do not go together.
+
+    """
+    return _plan(_parse(_parse_json, data))
+
+
+def canonical_json(plan: Plan) -> bytes:
+    """Return the plan with every key, sorted, without spaces: equal plans give equal bytes."""
+    return json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _plan(raw: object) -> Plan:
+    if not isinstance(raw, dict):
+        raise PlanInvalid(f"a plan is a mapping of keys to values, not a {type(raw).__name__}")
+    try:
+        plan = Plan.model_validate(raw)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        more = f"; and {len(errors) - _MAX_TOLD} more" if len(errors) > _MAX_TOLD else ""
+        raise PlanInvalid("; ".join(map(_explain, errors[:_MAX_TOLD])) + more) from error
+    refuse_combinations(plan)
+    return plan
+
+
+# Errors.
+
+
+def _explain(error: ErrorDetails) -> str:
+    """Return 'key: what is wrong (got the value)', with the nearest known word where there is one."""
+    key, known = _place(error["loc"], unknown=error["type"] == "extra_forbidden")
+    match error["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+            return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        case "missing":
+            return f"{key}: this key is required"
+        case "union_tag_not_found":
+            return f"{key}: needs the key 'stage': {' or '.join(map(repr, _TAGS))}"
+        case "union_tag_invalid":
+            given, options = error["ctx"]["tag"], list(_TAGS)
+            message = f"stage should be {' or '.join(map(repr, _TAGS))}"
+        case "literal_error":
+            given, options = error["input"], re.findall(r"'([^']*)'", str(error["ctx"]["expected"]))
+            message = _lower(error["msg"])
+        case "model_type" | "model_attributes_type":
+            given, options, message = error["input"], [], "should be a section with keys of its own"
+        case _:
+            given, options, message = error["input"], [], _lower(error["msg"])
+    near = difflib.get_close_matches(given, options, n=1) if isinstance(given, str) else []
+    return f"{key}: {message} (got {_short(given)})" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _place(location: tuple[int | str, ...], *, unknown: bool) -> tuple[str, list[str]]:
+    """Return the key as a person would write it, and the keys that the innermost section knows.
+
+    Pydantic puts the members and tags of unions among the keys (``tuple[str, ...]``, ``clip``); they are left out.
+    """
+    key = ""
+    section: type[BaseModel] | None = Plan
+    choices: list[type[BaseModel]] = []
+    for at, step in enumerate(location):
+        if isinstance(step, int):
+            key += f"[{step}]"
+        elif "[" in step and not unknown:
+            continue
+        elif choices and (chosen := [c for c in choices if c.model_fields["stage"].default == step]):
+            section, choices = chosen[0], []
+        elif section is not None and step in section.model_fields:
+            key += f".{step}"
+            inner = _sections(section.model_fields[step].annotation)
+            section, choices = (inner[0], []) if len(inner) == 1 else (section if inner else None, inner)
+        elif at == len(location) - 1 or key == ".data.fields":
+            key += f".{step}"
+    return key.removeprefix("."), list(section.model_fields) if section else []
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 (a type expression)
+    """Return the plan sections inside a type expression."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, Annotated):
+        return [section for argument in get_args(annotation) for section in _sections(argument)]
+    return []
+
+
+def _short(value: object) -> str:
+    shortener = reprlib.Repr()  # bounded in depth too: YAML aliases can make a value that is endless when printed
+    shortener.maxstring, shortener.maxlevel = 80, 3
+    text = shortener.repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+# Parsers.
+
+
+def _parse(parse: Callable[[str], object], data: bytes) -> object:
+    if len(data) > MAX_PLAN:
+        raise PlanInvalid(f"the plan has {len(data)} bytes; at most {MAX_PLAN} are allowed")
+    try:
+        return parse(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise PlanInvalid(f"byte {error.start} is not UTF-8") from error
+    except RecursionError as error:
+        raise PlanInvalid("nested too deeply") from error
+
+
+def _parse_json(text: str) -> object:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in pairs:
+            if key in found:
+                raise PlanInvalid(f"{key}: this key appears twice in its section")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise PlanInvalid(f"not JSON: {error}") from error
+
+
+def _parse_toml(text: str) -> object:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanInvalid(f"not TOML: {error}") from error
+
+
+def _parse_yaml(text: str) -> object:
+    import yaml  # here, because the daemons read only JSON
+
+    loader = _yaml_loader()(text)
+    try:
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise PlanInvalid(f"{place}not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise PlanInvalid(f"not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+@functools.cache
+def _yaml_loader() -> "type[yaml.SafeLoader]":
+    """Return a SafeLoader that refuses a key that appears twice; PyYAML's own keeps the last without a word."""
+    import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                    raise PlanInvalid(
+                        f"line {key.start_mark.line + 1}: {key.value}: this key appears twice in its section"
+                    )
+                if isinstance(key, yaml.ScalarNode):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeys

@@ -1,0 +1,1 @@
+"""The subcommands of ``fsllm``, one file each, imported when they are called."""

@@ -1,0 +1,176 @@
+"""Exporting a committed version as a folder that PEFT loads.
+
+The folder is complete when adapter_config.json lies in it: that file is written last, and removed first when an export
+is replaced. What has arrived of a download waits in ``.partial`` inside the folder, so that the same command goes on
+where the last one stood.
+"""
+
+import json
+from collections.abc import Generator, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import grpc
+
+from fsllm.v1.control_pb2 import ExportRunRequest, GetServerRequest, Run
+from fsllm.v1.tensors_pb2 import Manifest
+from fsllm_common.errors import FsllmError, SettingsInvalid, Unavailable
+from fsllm_common.files import disk_errors, write_atomic
+from fsllm_common.tensors.chunks import Piece, parse_download
+from fsllm_common.tensors.manifest import payload_digest, validate
+from fsllm_operator.card import card
+from fsllm_operator.connection import Connection, explain, wait
+
+WEIGHTS: Final = "adapter_model.safetensors"
+CONFIG: Final = "adapter_config.json"
+CARD: Final = "README.md"
+_PARTIAL: Final = ".partial"
+_ATTEMPTS: Final = 5
+"""Breaks of the stream without a byte of progress between them, before we give up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    run_id: str
+    name: str
+    version: int
+    folder: str
+    tensors: int
+    parameters: int
+    digest: str
+
+    def as_object(self) -> dict[str, Any]:
+        """Return it for ``--json``."""
+        return asdict(self)
+
+
+def export_run(connection: Connection, run: Run, folder: Path, version: int | None = None, *, force: bool) -> Exported:
+    """Write a committed version of a run into ``folder`` as float32 safetensors, its PEFT configuration, and a card.
+
+    Raises:
+        FsllmError: SETTING_INVALID: an adapter is there and ``force`` is not set. VERSION_UNKNOWN.
+            DIGEST_MISMATCH: twice. DISK_FULL. SERVER_UNREACHABLE.
+
+    """
+    present = [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).exists()]
+    if present and not force:
+        raise SettingsInvalid(
+            f"{folder} holds {', '.join(present)} already", cure="Name another folder, or replace them with --force."
+        )
+    number = _number(run, version)
+    partial = folder / _PARTIAL
+    with disk_errors(folder):
+        partial.mkdir(parents=True, exist_ok=True)
+        manifest = _manifest(connection, run.run_id, number)
+        payload = partial / f"{manifest.digest.hex()}.payload"
+        for stale in partial.iterdir():
+            if stale != payload:
+                stale.unlink()
+        _download(connection, run.run_id, number, manifest, payload)
+        parameters = _install(connection, run, number, manifest, payload, folder)
+        payload.unlink()
+        partial.rmdir()
+    return Exported(run.run_id, run.name, number, str(folder), len(manifest.tensors), parameters, manifest.digest.hex())
+
+
+def _number(run: Run, version: int | None) -> int:
+    known = sorted(commit.version.number for commit in run.commits)
+    if version is None and known:
+        return known[-1]
+    if version is None or version not in known:
+        wanted = "committed version" if version is None else f"version {version}"
+        there = f"it has {known[0]} to {known[-1]}" if known else "no round is committed yet"
+        raise FsllmError("VERSION_UNKNOWN", f"Run {run.name} ({run.run_id}) has no {wanted}; {there}")
+    return version
+
+
+def _stream(
+    connection: Connection, run_id: str, version: int, offset: int = 0
+) -> Generator[Manifest | Piece, None, None]:
+    """Yield the manifest of a version, then the chunks of its payload from ``offset`` on, checksums verified."""
+    request = ExportRunRequest(run_id=run_id, version=version, offset=offset)
+    call = connection.exports(request)
+    try:
+        for wire in call:
+            yield parse_download(wire)
+    except grpc.RpcError as error:
+        raise explain(error, connection.server) from error
+    finally:
+        call.cancel()
+
+
+def _manifest(connection: Connection, run_id: str, version: int) -> Manifest:
+    stream = _stream(connection, run_id, version)
+    first = next(stream, None)
+    stream.close()
+    if not isinstance(first, Manifest):
+        raise Unavailable("CHUNK_CORRUPT", f"The server sent no manifest for version {version}")
+    validate(first)
+    return first
+
+
+def _download(connection: Connection, run_id: str, version: int, manifest: Manifest, payload: Path) -> None:
+    """Fetch what is missing of the payload and verify the whole; a wrong whole is fetched once more from the start."""
+    for again in (True, False):
+        _fetch(connection, run_id, version, manifest, payload)
+        if payload_digest(manifest, payload) == manifest.digest:
+            return
+        payload.unlink()
+        if not again:
+            raise Unavailable(
+                "DIGEST_MISMATCH", f"The payload of version {version} does not match its manifest's digest"
+            )
+
+
+def _fetch(connection: Connection, run_id: str, version: int, manifest: Manifest, payload: Path) -> None:
+    """Append what is missing, taking a broken stream up again as long as bytes advance."""
+    left = _ATTEMPTS
+    with payload.open("ab") as file:
+        if file.tell() > manifest.payload_bytes:
+            file.truncate(0)
+        while (start := file.tell()) < manifest.payload_bytes:
+            try:
+                _append(_stream(connection, run_id, version, start), manifest, file)
+            except Unavailable as error:
+                left = _ATTEMPTS if file.tell() > start else left - 1
+                if not left:
+                    raise
+                wait(error)
+
+
+def _append(stream: Iterable[Manifest | Piece], manifest: Manifest, file: BinaryIO) -> None:
+    for piece in stream:
+        if isinstance(piece, Manifest):
+            if piece.digest != manifest.digest:
+                raise FsllmError("STATE_CORRUPT", "The version changed while it was downloaded")
+            continue
+        held = file.tell() - piece.offset
+        if held < 0:
+            raise Unavailable("CHUNK_CORRUPT", f"A chunk came at offset {piece.offset} instead of {file.tell()}")
+        file.write(piece.data[held:])
+    if file.tell() < manifest.payload_bytes:
+        raise Unavailable("CHUNK_CORRUPT", f"The stream ended at {file.tell()} of {manifest.payload_bytes} bytes")
+
+
+def _install(connection: Connection, run: Run, version: int, manifest: Manifest, payload: Path, folder: Path) -> int:
+    """Write the three files in the order that marks completeness; returns the number of parameters."""
+    # numpy, for this command only.
+    from fsllm_client.trainer.export import peft_tensors
+    from fsllm_common.tensors.arrays import decode, save_arrays
+
+    # Only version 0's manifest needs to carry the configuration.
+    text = manifest.adapter_config or _manifest(connection, run.run_id, 0).adapter_config
+    config = json.loads(text) if text else {}
+    server = connection.call(connection.control.GetServer, GetServerRequest(), repeat=True)
+    tensors = decode(manifest, payload)
+    parameters = sum(array.size for array in tensors.values())
+    about = card(run, version, manifest.digest.hex(), parameters, config, server.software_version)
+    (folder / CONFIG).unlink(missing_ok=True)
+    save_arrays(peft_tensors(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    write_atomic(folder / CARD, about.encode())
+    if config:
+        write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    return parameters

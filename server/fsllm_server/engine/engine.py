@@ -1,0 +1,392 @@
+"""The engine's front: what services call. It finds the run, and lets the run's shell do the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Literal
+
+from fsllm.v1 import control_pb2, federation_pb2
+from fsllm.v1.tensors_pb2 import Manifest
+from fsllm_common.errors import FsllmError, PlanInvalid, Refused, Unavailable
+from fsllm_common.plan import Plan, canonical_json
+from fsllm_common.telemetry.logs import get_logger
+from fsllm_common.telemetry.metrics import ServerMetrics
+from fsllm_server.engine import views
+from fsllm_server.engine.events import (
+    Answered,
+    Cancelled,
+    Event,
+    MemberAttached,
+    MemberDetached,
+    MemberForgotten,
+    Paused,
+    Resumed,
+    ServerRestarted,
+    Submitted,
+    dump,
+)
+from fsllm_server.engine.meter import Meter
+from fsllm_server.engine.reducing import installed_algorithm
+from fsllm_server.engine.runner import Outside, Runner
+from fsllm_server.engine.session import Session
+from fsllm_server.engine.uploads import Expected, Uploads
+from fsllm_server.store.blobs import Blobs, StoredVersion
+from fsllm_server.store.database import Database
+from fsllm_server.store.events import Entry, EventLog, RunRecord
+from fsllm_server.store.spools import Spools, VerifiedSpool
+
+log = get_logger()
+
+__all__ = ["Engine", "Expected", "Session"]
+
+
+class Engine:
+    """All runs of a server. Lives in one event loop; none of its methods may be called from another thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        spools: Spools,
+        metrics: ServerMetrics,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._blobs = blobs
+        self._spools = spools
+        self._clock = clock
+        self._log = EventLog(database)
+        self._meter = Meter(metrics)
+        self._runners: dict[str, Runner] = {}
+        self._requests: dict[str, str] = {}
+        """Run id by the request_id that submitted it."""
+        self._submitting = asyncio.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._stopped = False
+        self._uploads = Uploads(blobs, spools, clock)
+        self._outside = Outside(self._log, blobs, spools, self._meter, clock, self._deliver, self._count)
+
+    async def start(self) -> None:
+        """Replay the logs and go on with every run that has not ended.
+
+        Raises:
+            FsllmError: STATE_CORRUPT, DISK_FULL.
+
+        """
+        for record in await self._log.runs():
+            self._add(record, await self._log.replay(record.id))
+        await self._spools.sweep(
+            lambda run, round_: (
+                (found := self._runners.get(run)) is not None
+                and not found.run.status.ended
+                and round_ == found.run.round
+            )
+        )
+        restarted = ServerRestarted(at=self._clock())
+        await asyncio.gather(*(runner.ask(restarted) for runner in self._live()))
+        self._count()
+
+    async def stop(self) -> None:
+        """Park: sessions end with SERVER_STOPPING and nothing more is decided. What is recorded is complete."""
+        self._stopped = True
+        for session in self._sessions.values():
+            session.end(Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0))
+        self._sessions.clear()
+        await asyncio.gather(*(runner.stop() for runner in self._runners.values()))
+
+    # Operators.
+
+    async def submit(self, plan: Plan, request_id: str) -> str:
+        """Record a run, start it, and return its id. The same request again returns the same run.
+
+        Raises:
+            PlanInvalid: The algorithm is not installed here, or the request_id was another plan's.
+            FsllmError: DISK_FULL, STATE_CORRUPT.
+
+        """
+        text = canonical_json(plan).decode()
+        needs_trainer = installed_algorithm(plan.algorithm.name).needs_trainer
+        async with self._submitting:
+            if (known := self._requests.get(request_id)) is not None:
+                if self._runners[known].plan.decode() != text:
+                    message = f"request_id {request_id!r} has submitted another plan as run {known}"
+                    raise PlanInvalid(message, cure="Use a fresh random request_id for each submission.")
+                return known
+            now = self._clock()
+            record = RunRecord(secrets.token_hex(6), plan.name, request_id, text, now)
+            event = Submitted(at=now, run_id=record.id, plan=text, needs_trainer=needs_trainer)
+            first = Entry(1, now, event.kind, dump(event))
+            await self._log.submit(record, first)
+            runner = self._add(record, [first])
+        for session in self._sessions.values():
+            runner.post(self._attached(session, record.id))
+        self._count()
+        return record.id
+
+    def list_runs(self) -> list[control_pb2.Run]:
+        """Return all runs, oldest first, without plan, members and commits."""
+        return [views.summary(runner.run) for runner in self._runners.values()]
+
+    def get_run(self, run: str) -> control_pb2.Run:
+        """Return everything about a run, named by its id, a prefix of it, or its name.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN: it fits no run, or several.
+
+        """
+        runner = self._find(run)
+        return views.detail(runner.run, runner.plan)
+
+    def watch(self, run: str, after: int) -> AsyncIterator[control_pb2.WatchRunResponse]:
+        """Return the run's recorded events after sequence ``after``, then live ones, until the run has ended.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, at the call.
+
+        """
+        return self._find(run).watch(after)
+
+    async def pause(self, run: str) -> None:
+        """Withdraw the run's orders and decide nothing more until it is resumed; what is acknowledged stays.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, RUN_ENDED.
+
+        """
+        await self._find(run).ask(Paused(at=self._clock()))
+
+    async def resume(self, run: str) -> None:
+        """Go on with a paused run.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, RUN_ENDED, RUN_NOT_PAUSED.
+
+        """
+        await self._find(run).ask(Resumed(at=self._clock()))
+
+    async def cancel(self, run: str) -> None:
+        """End a run. Its committed versions stay.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, RUN_ENDED.
+
+        """
+        await self._find(run).ask(Cancelled(at=self._clock()))
+
+    def version(self, run: str, number: int | None) -> StoredVersion:
+        """Return a committed version, the latest when ``number`` is None; its manifest carries adapter_config.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, VERSION_UNKNOWN.
+
+        """
+        found = self._find(run).run
+        if not found.commits or not 0 <= (at := len(found.commits) - 1 if number is None else number) < len(
+            found.commits
+        ):
+            which = "a version" if number is None else f"version {number}"
+            raise FsllmError("VERSION_UNKNOWN", f"Run {found.plan.name} ({found.id}) has not committed {which}")
+        return self._published(found.commits[at].version.digest, found.adapter_config)
+
+    # Members.
+
+    def attach(self, member: str, role: str, hello: federation_pb2.Hello) -> Session:
+        """Open a member's session; one that it had ends with ATTACHED_ELSEWHERE.
+
+        Args:
+            member: The name in its certificate.
+            role: site or evaluator.
+            hello: What it said first.
+
+        Raises:
+            FsllmError: SERVER_STOPPING.
+
+        """
+        if self._stopped:
+            raise Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0)
+        session = Session(member, role, hello, self._detach)
+        if (before := self._sessions.get(member)) is not None:
+            before.end(FsllmError("ATTACHED_ELSEWHERE", f"Another daemon has attached as {member}"))
+        self._sessions[member] = session
+        for runner in self._live():
+            runner.post(self._attached(session, runner.run.id))
+        live = {runner.run.id for runner in self._live()}
+        for order_id in hello.held_orders:
+            if _run_of(order_id) not in live:
+                withdraw = federation_pb2.Withdraw(
+                    order_id=order_id, reason="ORDER_UNKNOWN", message="The run of this order is over"
+                )
+                session.send(federation_pb2.AttachResponse(withdraw=withdraw))
+        return session
+
+    async def answer(self, member: str, answer: federation_pb2.Answer) -> None:
+        """Take a member's answer to an order; it is recorded when this returns.
+
+        Raises:
+            FsllmError: ORDER_UNKNOWN: the order is not (or no longer) the member's; DISK_FULL; SERVER_STOPPING.
+
+        """
+        runner = self._runners.get(_run_of(answer.order_id))
+        order = runner.run.orders.get(answer.order_id) if runner is not None else None
+        if runner is None or order is None or order.member != member:
+            raise FsllmError("ORDER_UNKNOWN", f"{member} has no open order {answer.order_id[:80]!r}")
+        runner.touch(member)
+        outcome = answer.WhichOneof("outcome")
+        if outcome == "accepted" or outcome is None:
+            return  # changes nothing but the idle clock
+        said = answer.declined if outcome == "declined" else answer.failed
+        await runner.ask(
+            Answered(
+                at=self._clock(),
+                member=member,
+                order_id=order.id,
+                outcome=outcome,
+                reason=said.reason[:64],
+                message=said.message[:1000],
+                metrics=views.metrics_of(answer.done.metrics),
+            )
+        )
+
+    def progress(self, member: str, progress: federation_pb2.Progress) -> None:
+        """Take a member's progress on an order, for the idle watch and for those who watch. Not recorded."""
+        if (runner := self._runners.get(_run_of(progress.order_id))) is not None:
+            runner.progress(member, progress)
+
+    def touch(self, member: str, run: str) -> None:
+        """Note that bytes of the member's transfer for a run have advanced."""
+        if (runner := self._runners.get(run)) is not None:
+            runner.touch(member)
+
+    def blob(self, member: str, digest: bytes) -> StoredVersion:
+        """Return a version, committed or candidate, of a run that the member takes part in.
+
+        Raises:
+            FsllmError: BLOB_UNKNOWN.
+
+        """
+        wanted = digest.hex()
+        for runner in self._runners.values():
+            run = runner.run
+            if member in run.members:
+                versions = [run.zero, run.candidate, *(commit.version for commit in reversed(run.commits))]
+                if any(version is not None and version.digest == wanted for version in versions):
+                    return self._published(wanted, run.adapter_config)
+        raise FsllmError("BLOB_UNKNOWN", f"No run of {member} has a version {wanted[:12]}")
+
+    # Uploads: expect, then Spools.open and Spool.write, then Spool.verify, then record.
+
+    def expect_upload(self, member: str, begin: federation_pb2.UploadBegin) -> federation_pb2.Receipt | Expected:
+        """Say whether an upload is wanted: what to expect, or the receipt when this very payload is recorded already.
+
+        Raises:
+            FsllmError: NOT_WANTED, ROUND_CLOSED, BASE_STALE, UPDATE_CONFLICT, MANIFEST_INVALID.
+
+        """
+        return self._uploads.expect(self._run(begin.run_id), member, begin)
+
+    async def record_upload(self, expected: Expected, spool: VerifiedSpool) -> federation_pb2.Receipt:
+        """Record a verified upload; it counts, exactly once, when this returns.
+
+        Raises:
+            FsllmError: ROUND_CLOSED, NOT_WANTED, UPDATE_CONFLICT: things changed while it was on its way; DISK_FULL.
+
+        """
+        runner = self._runners[expected.run_id]
+        try:
+            await runner.ask(self._uploads.event(expected, spool))
+        except FsllmError as error:
+            if error.reason == "UPDATE_CONFLICT":
+                # Another stream of the same site may have delivered the same payload.
+                receipt = self._uploads.receipt(runner.run, expected.member, expected.round, spool.manifest.digest)
+                if receipt is not None:
+                    return receipt
+            self._meter.rejected(error.reason)
+            raise
+        return federation_pb2.Receipt(digest=spool.manifest.digest, payload_bytes=spool.manifest.payload_bytes)
+
+    async def reject_upload(self, expected: Expected, error: FsllmError) -> None:
+        """Record, for those who watch, that an upload was refused."""
+        self._meter.rejected(error.reason)
+        await self._runners[expected.run_id].ask(self._uploads.rejection(expected, error))
+
+    def upload_status(
+        self,
+        member: str,
+        run: str,
+        round: int,  # noqa: A002 - the domain's word
+        digest: bytes,
+    ) -> federation_pb2.UploadStatusResponse:
+        """Say how much of a payload is held, with its receipt when it is recorded. 0 of what nobody knows."""
+        runner = self._runners.get(run)
+        return self._uploads.status(runner.run if runner is not None else None, member, round, digest)
+
+    async def forget_member(self, member: str) -> None:
+        """Drop a revoked member from every run and end its session with MEMBER_REVOKED."""
+        if (session := self._sessions.pop(member, None)) is not None:
+            session.end(Refused("MEMBER_REVOKED", f"{member} is revoked"))
+        event = MemberForgotten(at=self._clock(), member=member)
+        await asyncio.gather(*(runner.ask(event) for runner in self._live()))
+
+    # Inside.
+
+    def _add(self, record: RunRecord, entries: list[Entry]) -> Runner:
+        runner = self._runners[record.id] = Runner(record, entries, self._outside)
+        self._requests[record.request_id] = record.id
+        runner.start()
+        return runner
+
+    def _live(self) -> list[Runner]:
+        return [runner for runner in self._runners.values() if not runner.run.status.ended]
+
+    def _run(self, run_id: str) -> Runner:
+        if (runner := self._runners.get(run_id)) is None:
+            raise FsllmError("NOT_WANTED", f"There is no run {run_id[:80]!r}")
+        return runner
+
+    def _find(self, text: str) -> Runner:
+        if (exact := self._runners.get(text)) is not None:
+            return exact
+        fitting = [
+            runner
+            for run_id, runner in self._runners.items()
+            if text and (run_id.startswith(text) or runner.run.plan.name == text)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise FsllmError("RUN_UNKNOWN", f"{text!r} fits several runs: {', '.join(r.run.id for r in fitting)}")
+        raise FsllmError("RUN_UNKNOWN", f"There is no run {text[:80]!r}")
+
+    def _published(self, digest: str, adapter_config: str) -> StoredVersion:
+        stored = self._blobs.get(bytes.fromhex(digest))
+        manifest = Manifest()
+        manifest.CopyFrom(stored.manifest)
+        manifest.adapter_config = adapter_config
+        return StoredVersion(manifest, stored.payload)
+
+    def _attached(self, session: Session, run_id: str) -> Event:
+        role: Literal["site", "evaluator"] = "evaluator" if session.role == "evaluator" else "site"
+        held = tuple(order_id for order_id in session.hello.held_orders if _run_of(order_id) == run_id)
+        return MemberAttached(at=self._clock(), member=session.member, role=role, held=held)
+
+    def _detach(self, session: Session) -> None:
+        # A session that another one has replaced is not its member's presence any more.
+        if self._sessions.get(session.member) is session:
+            del self._sessions[session.member]
+            for runner in self._live():
+                runner.post(MemberDetached(at=self._clock(), member=session.member))
+
+    def _deliver(self, member: str, response: federation_pb2.AttachResponse) -> None:
+        if (session := self._sessions.get(member)) is not None:
+            session.send(response)
+
+    def _count(self) -> None:
+        self._meter.runs(runner.run for runner in self._runners.values())
+
+
+def _run_of(order_id: str) -> str:
+    """Return the run that an order belongs to; see Turn.issue."""
+    return order_id.partition(".")[0]

@@ -1,0 +1,60 @@
+"""What a phase is. One file a phase; each decides, none acts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fsllm_server.engine.events import Reduced, ReduceFailed, UpdateRecorded
+from fsllm_server.engine.state import Order, Run
+from fsllm_server.engine.turn import Turn
+
+
+class Phase:
+    """The base of all phases: it has nothing to do and ignores what it does not expect.
+
+    A phase is level-triggered: ``advance`` looks at the state after every event and says what it now allows. So no
+    phase depends on the order in which things happen.
+    """
+
+    name: ClassVar[str]
+
+    def enter(self, turn: Turn) -> None:
+        """Begin: send orders, set timers."""
+
+    def advance(self, turn: Turn) -> str | None:
+        """Return the next phase when the time for it has come, else None."""
+        return None
+
+    def restart(self, turn: Turn) -> None:
+        """Do again what does not survive a restart of the server. Orders and timers are seen to already."""
+
+    def resume(self, turn: Turn) -> str | None:
+        """Go on after a pause, which has withdrawn every order: begin again, or return another phase to go on with."""
+        self.enter(turn)
+        return None
+
+    def updated(self, turn: Turn, order: Order, event: UpdateRecorded) -> None:
+        """Count an upload that answers an open order, which is closed by now."""
+
+    def reduced(self, turn: Turn, event: Reduced) -> None:
+        """Take the version that a Reduce effect has made."""
+
+    def reduce_failed(self, turn: Turn, event: ReduceFailed) -> None:
+        """Learn that a Reduce effect came to nothing."""
+
+    def describe(self, run: Run) -> str:
+        """Return what the phase waits for, for people."""
+        return ""
+
+
+def missing(run: Run, present: int, what: str = "") -> str:
+    """Return 'waiting for 1 more of 2 sites'."""
+    quorum = run.plan.cohort.quorum
+    noun = "site" if quorum == 1 else "sites"
+    return f"waiting for {max(0, quorum - present)} more of {quorum} {noun}{what}"
+
+
+def names(members: list[str]) -> str:
+    """Return 'a, b, c and 4 more'."""
+    shown, rest = members[:5], len(members) - 5
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

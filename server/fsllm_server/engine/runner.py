@@ -1,0 +1,272 @@
+"""One run's shell: it puts events through the core one by one, records each, and only then performs the effects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fsllm.v1 import control_pb2, federation_pb2
+from fsllm_common.errors import FsllmError, Unavailable
+from fsllm_common.telemetry.logs import bound, get_logger
+from fsllm_server.engine import core, views
+from fsllm_server.engine.effects import (
+    ClearTimer,
+    DropSpools,
+    Effect,
+    Notify,
+    Reduce,
+    SendOrder,
+    SetTimer,
+    WithdrawOrder,
+)
+from fsllm_server.engine.events import DeadlinePassed, Event, MemberIdle, ReduceFailed, dump, load
+from fsllm_server.engine.idle import IdleWatch
+from fsllm_server.engine.meter import Meter
+from fsllm_server.engine.reducing import reduce_updates
+from fsllm_server.engine.state import Order, Run
+from fsllm_server.engine.watchers import Notices, Watchers
+from fsllm_server.store.blobs import Blobs
+from fsllm_server.store.events import Entry, EventLog, RunRecord
+from fsllm_server.store.spools import Spools
+
+log = get_logger()
+
+RECORD_AGAIN: Final = 5.0
+"""Seconds until an event of the engine's own that could not be recorded (a full disk) is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What all runs of an engine share."""
+
+    log: EventLog
+    blobs: Blobs
+    spools: Spools
+    meter: Meter
+    clock: Callable[[], float]
+    deliver: Callable[[str, federation_pb2.AttachResponse], None]
+    """Pushes to a member's session, if it is attached."""
+    changed: Callable[[], None]
+    """A run's status may have changed."""
+
+
+class Runner:
+    """A run that is under way, or has ended and can be looked at."""
+
+    def __init__(self, record: RunRecord, log_: list[Entry], outside: Outside) -> None:
+        """Replay the run's log."""
+        self.plan = record.plan.encode()
+        self._outside = outside
+        self._sequence = len(log_)
+        run: Run | None = None
+        self._notices = 0
+        for entry in log_:
+            run, effects = core.decide(run, load(entry.body))
+            self._notices += sum(isinstance(effect, Notify) for effect in effects)
+        if run is None:
+            raise FsllmError("STATE_CORRUPT", f"run {record.id} has no event in its log")
+        self.run: Run = run
+        self._queue: asyncio.Queue[tuple[Event, asyncio.Future[None] | None] | None] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._idle = IdleWatch(run.plan.timing.idle_seconds, self._member_idle)
+        self._jobs: set[str] = set()
+        self._stopped = asyncio.Event()
+        self._watchers = Watchers()
+        if run.status.ended:
+            self._watchers.close()
+
+    # The queue.
+
+    def start(self) -> None:
+        """Begin to take events, unless the run has ended."""
+        if not self.run.status.ended:
+            self._idle.follow(self.run.orders.values())
+            self._task = asyncio.create_task(self._take_events(), name=f"run {self.run.id}")
+
+    def post(self, event: Event) -> None:
+        """Put an event in the queue; it will be recorded, however long that takes."""
+        if self._task is not None and not self._stopped.is_set():
+            self._queue.put_nowait((event, None))
+
+    async def ask(self, event: Event) -> None:
+        """Put an event in the queue and wait until it is recorded and decided upon.
+
+        Raises:
+            FsllmError: The core refuses it (see ``core.check``), it could not be recorded, RUN_ENDED, SERVER_STOPPING.
+
+        """
+        if self._stopped.is_set():
+            raise _stopping()
+        if self._task is None:
+            core.check(self.run, event)
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((event, done))
+        await done
+
+    async def stop(self) -> None:
+        """Decide nothing more. What is recorded is complete; a reduction under way is dropped."""
+        self._stopped.set()
+        self._queue.put_nowait(None)
+        self._idle.stop()
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._task is not None:
+            await self._task
+        if self._work:
+            await asyncio.wait(self._work)
+        self._watchers.close()
+
+    async def _take_events(self) -> None:
+        with bound(run=self.run.id):
+            while (item := await self._queue.get()) is not None:
+                event, done = item
+                if self._stopped.is_set():
+                    _answer(done, _stopping())
+                    continue
+                try:
+                    await self._take(event, keep_trying=done is None)
+                except FsllmError as error:
+                    _answer(done, error)
+                except Exception as error:
+                    # A bug; the run's state is what the log says, and other events may still find their way.
+                    log.exception("the engine failed on an event", kind=event.kind)
+                    _answer(done, FsllmError("INTERNAL", f"run {self.run.id}: {type(error).__name__}"))
+                else:
+                    _answer(done, None)
+
+    async def _take(self, event: Event, *, keep_trying: bool) -> None:
+        core.check(self.run, event)
+        after, effects = core.decide(self.run, event)
+        if after is self.run and not effects:
+            return  # it changes nothing
+        entry = Entry(self._sequence + 1, event.at, event.kind, dump(event))
+        while True:
+            try:
+                await self._outside.log.append(self.run.id, entry)
+                break
+            except FsllmError as error:
+                if not keep_trying or self._stopped.is_set():
+                    raise
+                log.warning("an event can not be recorded yet", kind=event.kind, reason=error.reason, why=error.message)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), RECORD_AGAIN)
+        self._sequence = entry.sequence
+        self.run = after
+        self._perform(event.at, effects)
+
+    # Effects.
+
+    def _perform(self, at: float, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case SendOrder(order):
+                    self._outside.deliver(order.member, views.order(self.run, order, self.plan))
+                case WithdrawOrder():
+                    self._outside.deliver(effect.member, views.withdrawal(effect))
+                case SetTimer():
+                    self._set_timer(effect)
+                case ClearTimer():
+                    if (timer := self._timers.pop(effect.timer, None)) is not None:
+                        timer.cancel()
+                case Reduce():
+                    if effect.job not in self._jobs:
+                        self._jobs.add(effect.job)
+                        self._spawn(self._reduce(effect))
+                case DropSpools():
+                    self._spawn(self._outside.spools.drop(self.run.id, effect.round))
+                case Notify():
+                    self._notices += 1
+                    self._watchers.tell(views.notice(self._notices, at, effect))
+                    log.info(effect.message, kind=effect.kind, subject=effect.subject, round=effect.round)
+        self._idle.follow(self.run.orders.values())
+        self._outside.meter.observe(self.run, effects)
+        self._outside.changed()
+        if self.run.status.ended:
+            self._watchers.close()
+
+    def _set_timer(self, effect: SetTimer) -> None:
+        if (old := self._timers.pop(effect.timer, None)) is not None:
+            old.cancel()
+
+        def passed() -> None:
+            self._timers.pop(effect.timer, None)
+            self.post(DeadlinePassed(at=self._outside.clock(), timer=effect.timer))
+
+        self._timers[effect.timer] = asyncio.get_running_loop().call_later(effect.seconds, passed)
+
+    def _member_idle(self, order: Order) -> None:
+        self.post(MemberIdle(at=self._outside.clock(), member=order.member, order_id=order.id))
+
+    async def _reduce(self, effect: Reduce) -> None:
+        from fsllm_server.reduce.sum import Stopped
+
+        outside = self._outside
+        try:
+            event: Event = await asyncio.to_thread(
+                reduce_updates, self.run, effect, outside.blobs, outside.spools, outside.clock, self._stopped.is_set
+            )
+        except Stopped:
+            return
+        except FsllmError as error:
+            event = ReduceFailed(at=outside.clock(), job=effect.job, reason=error.reason, message=error.message)
+        except Exception as error:
+            log.exception("the reduction failed")
+            message = f"the reduction failed: {type(error).__name__}; see the server's log"
+            event = ReduceFailed(at=outside.clock(), job=effect.job, reason="INTERNAL", message=message)
+        self._jobs.discard(effect.job)
+        self.post(event)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    # Watching.
+
+    def touch(self, member: str) -> None:
+        """Bytes of one of the member's orders have advanced."""
+        self._idle.touch(member)
+
+    def progress(self, member: str, progress: federation_pb2.Progress) -> None:
+        """Take a report of an open order of the member's."""
+        order = self.run.orders.get(progress.order_id)
+        if order is None or order.member != member:
+            return
+        self._idle.progress(progress)
+        self._outside.meter.reported(self.run, member, views.metrics_of(progress.metrics))
+        self._watchers.tell(views.progress_notice(self._outside.clock(), order.round, member, progress))
+
+    def watch(self, after: int) -> AsyncIterator[control_pb2.WatchRunResponse]:
+        """Return the stream of notices after ``after``."""
+        return self._watchers.stream(after, self._recorded)
+
+    async def _recorded(self) -> Notices:
+        """Replay the log for what was told."""
+        entries = await self._outside.log.replay(self.run.id)
+        run: Run | None = None
+        told: list[control_pb2.WatchRunResponse] = []
+        for entry in entries:
+            run, effects = core.decide(run, load(entry.body))
+            for effect in effects:
+                if isinstance(effect, Notify):
+                    told.append(views.notice(len(told) + 1, entry.at, effect))
+        return told
+
+
+def _answer(done: asyncio.Future[None] | None, error: FsllmError | None) -> None:
+    if done is None or done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0)

@@ -1,0 +1,217 @@
+"""A run's state: frozen, and nothing but what replaying the run's log gives.
+
+Mappings are never changed in place: ``turn.Turn`` replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fsllm_common.plan import Plan
+from fsllm_server.engine.events import Metric
+
+
+class Status(StrEnum):
+    """Where a run stands as a whole."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Nothing will happen to the run any more."""
+        return self in (Status.DONE, Status.CANCELLED)
+
+
+class Standing(StrEnum):
+    """How far a member has come in a run."""
+
+    OFFERED = "offered"
+    JOINED = "joined"
+    READY = "ready"
+    DECLINED = "declined"
+
+
+class Kind(StrEnum):
+    """Of an order; see fsllm.v1.OrderKind."""
+
+    JOIN = "join"
+    BUILD = "build"
+    CHECK = "check"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A site or an evaluator that the run has been offered to."""
+
+    name: str
+    role: str
+    attached: bool = True
+    standing: Standing = Standing.OFFERED
+    message: str = ""
+    """Why it declined, or what failed last."""
+    epsilon: float | None = None
+    idle: bool = False
+    """It was offered the run and has shown no progress since; nobody waits for it."""
+
+    @property
+    def is_site(self) -> bool:
+        """It has data to train on; an evaluator has not."""
+        return self.role == "site"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of the adapter on disk. Digests are hexadecimal."""
+
+    number: int
+    digest: str
+    master: str
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An open order: sent, or to be sent when the member attaches, and neither answered nor withdrawn."""
+
+    id: str
+    member: str
+    round: int
+    kind: Kind
+    base: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A timer that runs."""
+
+    id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A recorded update of the round in progress."""
+
+    member: str
+    round: int
+    digest: str
+    payload_bytes: int
+    examples: int
+    tokens: int
+    steps: int
+    metrics: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A committed update and its share in the sum."""
+
+    update: Update
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one member measured of a version."""
+
+    member: str
+    role: str
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A committed round. Never changes."""
+
+    round: int
+    version: Version
+    at: float
+    contributions: tuple[Contribution, ...]
+    evaluations: tuple[Evaluation, ...]
+    phase_seconds: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything about a run that decisions depend on."""
+
+    id: str
+    plan: Plan
+    needs_trainer: bool
+    created: float
+    status: Status = Status.RUNNING
+    reason: str = ""
+    """Why it is paused: a reason of errors.REASONS; empty when an operator did it."""
+    message: str = ""
+    """The same in a sentence."""
+
+    phase: str = "init"
+    """The name of one of ``phases``; empty when the run has ended."""
+    phase_since: float = 0.0
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of the round in progress, without the phase in progress."""
+
+    round: int = 0
+    issued: int = 0
+    """How many names of orders, jobs and timers were given out: makes each unique."""
+    failures: int = 0
+    """Failed rounds in a row."""
+    failure: str = ""
+    """Why the last attempt failed."""
+
+    members: Mapping[str, Member] = field(default_factory=dict)
+    orders: Mapping[str, Order] = field(default_factory=dict)
+    timers: Mapping[str, Timer] = field(default_factory=dict)
+    """By what they are for: those that run."""
+    overdue: frozenset[str] = frozenset()
+    """What the timers that went off in this phase were for."""
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    """By member: the recorded updates of the round in progress; they outlive a failed attempt."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By member: set when the round's updates have been reduced."""
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    job: str = ""
+    """The reduction in progress."""
+    cohort: tuple[str, ...] = ()
+    """The sites asked in this attempt, and those whose update of the round is already here."""
+    builders: tuple[str, ...] = ()
+    """The sites that were asked to build version 0, the last one last."""
+    zero: Version | None = None
+    """Version 0, from its publication on."""
+    candidate: Version | None = None
+    """The version reduced and not yet committed."""
+    adapter_config: str = ""
+    commits: tuple[Commit, ...] = ()
+
+    @property
+    def latest(self) -> Version | None:
+        """The latest committed version."""
+        return self.commits[-1].version if self.commits else None
+
+    @property
+    def active(self) -> bool:
+        """It is running: neither paused nor ended."""
+        return self.status is Status.RUNNING
+
+    def open_orders(self, kind: Kind) -> list[Order]:
+        """Return the open orders of a kind, by member."""
+        return sorted((o for o in self.orders.values() if o.kind is kind), key=lambda o: o.member)
+
+    def orders_of(self, member: str) -> list[Order]:
+        """Return a member's open orders."""
+        return [order for order in self.orders.values() if order.member == member]
+
+    def sites(self, *standings: Standing, attached: bool = True) -> list[str]:
+        """Return the sites of these standings, sorted; only those attached unless told otherwise."""
+        return sorted(
+            member.name
+            for member in self.members.values()
+            if member.is_site and member.standing in standings and (member.attached or not attached)
+        )

@@ -1,0 +1,123 @@
+"""Which uploads are wanted, and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from fsllm.v1 import federation_pb2
+from fsllm.v1.tensors_pb2 import Manifest
+from fsllm_common.errors import FsllmError, Refused, UpdateRejected
+from fsllm_common.tensors.manifest import WIRE_TYPES, compatible, validate
+from fsllm_server.engine import core, events, views
+from fsllm_server.engine.runner import Runner
+from fsllm_server.engine.state import Run
+from fsllm_server.store.blobs import Blobs
+from fsllm_server.store.spools import Spools, VerifiedSpool
+
+MAX_VERSION_ZERO: Final = 16 << 30
+"""Bytes of the largest adapter that a site may bring; every later upload is as large as the version it starts from."""
+
+MAX_COUNT: Final = 1 << 48
+"""Of examples, tokens and steps: any larger number is a lie, and would drown the others' weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """An upload that is wanted: open ``Spools.open(run_id, round, member, manifest)`` for it."""
+
+    run_id: str
+    round: int
+    member: str
+    manifest: Manifest
+    max_norm: float | None
+    begin: federation_pb2.UploadBegin
+
+
+class Uploads:
+    """Judges what members announce by the run's state; changes nothing."""
+
+    def __init__(self, blobs: Blobs, spools: Spools, clock: Callable[[], float]) -> None:
+        self._blobs = blobs
+        self._spools = spools
+        self._clock = clock
+
+    def expect(
+        self, runner: Runner, member: str, begin: federation_pb2.UploadBegin
+    ) -> federation_pb2.Receipt | Expected:
+        """See ``Engine.expect_upload``."""
+        run, manifest = runner.run, begin.manifest
+        if (receipt := self.receipt(run, member, begin.round, manifest.digest)) is not None:
+            return receipt
+        if core.recorded(run, begin.round, member) is not None:
+            raise Refused("UPDATE_CONFLICT", f"{member} has delivered another update for round {begin.round}")
+        order = core.wanted_order(run, member, begin.order_id, begin.round)
+        if begin.base_digest.hex() != (order.base.digest if order.base is not None else ""):
+            number = order.base.number if order.base is not None else None
+            message = f"The order starts from version {number}" if number is not None else "Version 0 has no base"
+            raise UpdateRejected("BASE_STALE", f"{message}, not from {begin.base_digest.hex()[:12] or 'nothing'}")
+        validate(manifest)
+        if max(begin.examples, begin.tokens, begin.steps) > MAX_COUNT:
+            raise UpdateRejected(
+                "MANIFEST_INVALID", f"An update can not count more than {MAX_COUNT} examples or tokens"
+            )
+        if order.base is not None:
+            base = self._blobs.get(bytes.fromhex(order.base.digest)).manifest
+            compatible(manifest, base, WIRE_TYPES[run.plan.wire.element_type])
+        else:
+            _check_version_zero(manifest)
+        max_norm = run.plan.wire.max_update_norm if order.base is not None else None
+        return Expected(run.id, begin.round, member, manifest, max_norm, begin)
+
+    def receipt(self, run: Run, member: str, round_: int, digest: bytes) -> federation_pb2.Receipt | None:
+        """Return the receipt of a payload that is recorded, else None."""
+        update = core.recorded(run, round_, member)
+        if update is None or update.digest != digest.hex():
+            return None
+        return federation_pb2.Receipt(digest=digest, payload_bytes=update.payload_bytes, duplicate=True)
+
+    def status(self, run: Run | None, member: str, round_: int, digest: bytes) -> federation_pb2.UploadStatusResponse:
+        """See ``Engine.upload_status``."""
+        if run is None:
+            return federation_pb2.UploadStatusResponse()
+        if (receipt := self.receipt(run, member, round_, digest)) is not None:
+            return federation_pb2.UploadStatusResponse(committed_offset=receipt.payload_bytes, receipt=receipt)
+        return federation_pb2.UploadStatusResponse(committed_offset=self._spools.offset(run.id, round_, member, digest))
+
+    def event(self, expected: Expected, spool: VerifiedSpool) -> events.UpdateRecorded:
+        """Return the event that makes a verified upload count."""
+        begin = expected.begin
+        return events.UpdateRecorded(
+            at=self._clock(),
+            member=expected.member,
+            order_id=begin.order_id,
+            round=expected.round,
+            digest=spool.manifest.digest.hex(),
+            payload_bytes=spool.manifest.payload_bytes,
+            norm=spool.norm,
+            examples=begin.examples,
+            tokens=begin.tokens,
+            steps=begin.steps,
+            metrics=views.metrics_of(begin.metrics),
+            adapter_config=expected.manifest.adapter_config,
+        )
+
+    def rejection(self, expected: Expected, error: FsllmError) -> events.UpdateRejected:
+        """Return the event that tells of a refused upload."""
+        return events.UpdateRejected(
+            at=self._clock(),
+            member=expected.member,
+            round=expected.round,
+            reason=error.reason,
+            message=error.message,
+        )
+
+
+def _check_version_zero(manifest: Manifest) -> None:
+    types = {spec.element_type for spec in manifest.tensors}
+    if len(types) > 1:
+        raise UpdateRejected("MANIFEST_INVALID", "The tensors of version 0 are not all of one element type")
+    if manifest.payload_bytes > MAX_VERSION_ZERO:
+        message = f"Version 0 of {manifest.payload_bytes} bytes is larger than the {MAX_VERSION_ZERO} allowed"
+        raise UpdateRejected("MANIFEST_INVALID", message)

@@ -1,0 +1,1 @@
+"""The reducers: acknowledged updates on disk become the next version on disk, block by block."""

@@ -1,0 +1,130 @@
+"""The SUM reducer: next version = apply(base, sum_k w_k delta_k), in float32, one block after the other.
+
+The order of the updates is the caller's (the engine sorts by member), products and sums are separate IEEE operations,
+and nothing depends on when an update arrived: the same set gives the same bits on every machine, so that anyone who
+holds the manifest of a commit can verify it. Memory is a few blocks, whatever the payload and the number of updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
+from fsllm_common.errors import FsllmError
+from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
+from fsllm_common.tensors.manifest import byte_count, element_count
+from fsllm_server.reduce.blocks import BlockReader, block_reader, blocks, uniform_type
+from fsllm_server.store.blobs import Blobs, BlobWriter, StoredVersion
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Apply = Callable[["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"], "npt.NDArray[np.float32]"]
+"""(block of the base, block of the mean delta) -> block of the next version; see algorithms.Algorithm.apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The next version, as the server keeps it and as it is published."""
+
+    master: StoredVersion
+    """float32."""
+    published: StoredVersion
+    """In the plan's wire type; the same blob when that is float32."""
+
+
+class Stopped(Exception):
+    """The fold was asked to stop; nothing of it is visible."""
+
+
+def fold(
+    base: StoredVersion | None,
+    updates: Sequence[tuple[StoredVersion, float]],
+    apply: Apply,
+    wire: ElementType.ValueType,
+    blobs: Blobs,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Folded:
+    """Make the next version and store it.
+
+    Args:
+        base: The float32 master of the base version; None: the one update is the version itself.
+        updates: Verified deltas of the base's tensors, in the order to add them, each with its share.
+        apply: The algorithm's server step; works elementwise.
+        wire: What the published payload holds.
+        blobs: Where to.
+        stopped: Asked between blocks.
+
+    Raises:
+        FsllmError: NOT_FINITE: the version would hold NaN or Inf in the wire type. DISK_FULL, STATE_CORRUPT.
+        Stopped: ``stopped`` said so.
+
+    """
+    tensors = (base or updates[0][0]).manifest
+    with ExitStack() as stack:
+        readers = [
+            (stack.enter_context(block_reader(update.payload, uniform_type(update.manifest))), np.float32(weight))
+            for update, weight in updates
+        ]
+        base_reader = stack.enter_context(block_reader(base.payload, uniform_type(base.manifest))) if base else None
+        master = stack.enter_context(blobs.create(_typed(tensors, ELEMENT_TYPE_FLOAT32)))
+        published: BlobWriter | None = None
+        if wire != ELEMENT_TYPE_FLOAT32:
+            published = stack.enter_context(blobs.create(_typed(tensors, wire)))
+        mean = np.empty(BLOCK, dtype=np.float32)
+        product = np.empty(BLOCK, dtype=np.float32)
+        for start, count in blocks(sum(map(element_count, tensors.tensors))):
+            if stopped():
+                raise Stopped
+            if base_reader is None:
+                block = readers[0][0].read(start, count)
+            else:
+                _weighted_sum(readers, start, mean[:count], product[:count])
+                block = np.ascontiguousarray(apply(base_reader.read(start, count), mean[:count]), dtype=np.float32)
+            sent = narrow(block, wire)
+            if block.shape != (count,) or not math.isfinite(square_sum(sent)):
+                raise _not_finite(tensors, start, sent)
+            master.write(block.view(np.uint8).data)
+            if published is not None:
+                published.write(sent.view(np.uint8).data)
+        kept = master.commit()
+        return Folded(kept, published.commit() if published is not None else kept)
+
+
+def _weighted_sum(
+    readers: Sequence[tuple[BlockReader, np.float32]],
+    start: int,
+    total: Array,  # (count,), overwritten
+    product: Array,  # (count,), scratch
+) -> None:
+    total.fill(0)
+    for reader, weight in readers:
+        np.multiply(reader.read(start, len(total)), weight, out=product)
+        np.add(total, product, out=total)
+
+
+def _typed(manifest: Manifest, element_type: ElementType.ValueType) -> Manifest:
+    """Return a manifest of the same tensors in another element type, without digest."""
+    typed = Manifest()
+    typed.tensors.extend(manifest.tensors)
+    for spec in typed.tensors:
+        spec.element_type = element_type
+    typed.payload_bytes = sum(map(byte_count, typed.tensors))
+    return typed
+
+
+def _not_finite(manifest: Manifest, start: int, block: npt.NDArray[np.generic]) -> FsllmError:
+    bad = np.flatnonzero(~np.isfinite(block.astype(np.float32)))
+    at = start + (int(bad[0]) if len(bad) else 0)
+    for spec in manifest.tensors:
+        at -= element_count(spec)
+        if at < 0:
+            return FsllmError("NOT_FINITE", f"tensor {spec.name!r} of the new version would hold NaN or Inf")
+    raise IndexError(start)

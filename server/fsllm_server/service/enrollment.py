@@ -1,0 +1,50 @@
+"""The enrolment port: it does nothing but redeem join tokens."""
+
+from datetime import timedelta
+
+from fsllm.v1 import enrollment_pb2, enrollment_pb2_grpc
+from fsllm_common.errors import FsllmError
+from fsllm_common.identity.authority import CertificateAuthority
+from fsllm_common.identity.keys import request_fingerprint
+from fsllm_common.telemetry.logs import get_logger
+from fsllm_common.telemetry.metrics import ServerMetrics
+from fsllm_server.service.boundary import Context
+from fsllm_server.store.invites import Invites
+
+log = get_logger()
+
+
+class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
+    """Gives a newcomer its first certificate. The identity comes from the token's record."""
+
+    def __init__(
+        self, authority: CertificateAuthority, invites: Invites, certificate_life: timedelta, metrics: ServerMetrics
+    ) -> None:
+        self._authority = authority
+        self._invites = invites
+        self._life = certificate_life
+        self._metrics = metrics
+
+    async def Redeem(  # noqa: N802 - the contract's
+        self,
+        request: enrollment_pb2.RedeemRequest,
+        context: Context,
+    ) -> enrollment_pb2.RedeemResponse:
+        """Exchange a join token and a certificate signing request for a certificate."""
+        try:
+            chain = await self._redeem(request.token, request.csr)
+        except FsllmError as error:
+            self._metrics.enrollments.labels(error.reason).inc()
+            log.warning("a join token was refused", reason=error.reason, error=error.message, peer=context.peer())
+            raise
+        self._metrics.enrollments.labels("OK").inc()
+        return enrollment_pb2.RedeemResponse(certificate_chain=chain)
+
+    async def _redeem(self, token: str, csr: bytes) -> bytes:
+        key = request_fingerprint(csr)
+        member, chain = await self._invites.find(token, key)
+        if chain is None:
+            chain = self._authority.issue(csr, member, self._life)
+            await self._invites.redeem(token, key, member, chain)
+            log.info("enrolled", member=member.name, role=str(member.role))
+        return chain

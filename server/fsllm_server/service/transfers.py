@@ -1,0 +1,153 @@
+"""Payloads in both directions, chunk by chunk, as raw protobuf frames (see ``fsllm_common.tensors.chunks``)."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, closing
+from typing import Final
+
+from fsllm.v1.federation_pb2 import DownloadResponse, Queued, Ready, Receipt, UploadBegin, UploadResponse
+from fsllm_common.errors import FsllmError, Unavailable, UpdateRejected
+from fsllm_common.telemetry.logs import bind
+from fsllm_common.telemetry.metrics import ServerMetrics
+from fsllm_common.tensors.chunks import CHUNK, Piece, parse_upload, read_chunks
+from fsllm_server.engine.engine import Engine, Expected
+from fsllm_server.service.admission import Admission
+from fsllm_server.service.guard import Call, this_call
+from fsllm_server.store.blobs import StoredVersion
+from fsllm_server.store.spools import Spool, Spools
+
+INTERRUPTED: Final = frozenset({"NOT_WANTED", "OFFSET_OUT_OF_RANGE", "SITE_IDLE"})
+"""Reasons that end a stream but say nothing against the update: the site may go on where it stood."""
+
+
+async def send_version(stored: StoredVersion, offset: int = 0) -> AsyncGenerator[bytes]:
+    """Yield the manifest's frame, then the payload's chunks from ``offset``.
+
+    The frames are those of DownloadResponse and of ExportRunResponse alike.
+
+    Raises:
+        FsllmError: OFFSET_OUT_OF_RANGE.
+
+    """
+    # The first chunk is read before anything is sent, so that a wrong offset is told instead. Chunks come from the page
+    # cache in less time than a thread would take to wake up.
+    chunks = read_chunks(stored.payload, offset)
+    first = next(chunks, None)
+    yield DownloadResponse(manifest=stored.manifest).SerializeToString()
+    if first is not None:
+        yield first
+    for chunk in chunks:
+        yield chunk
+
+
+class Uploads:
+    """Takes uploads in: one slot each, at most one stream a site."""
+
+    def __init__(
+        self, engine: Engine, spools: Spools, slots: int, stall_seconds: float, metrics: ServerMetrics
+    ) -> None:
+        self._engine = engine
+        self._spools = spools
+        self._admission = Admission(slots, metrics)
+        self._stall = stall_seconds
+        self._metrics = metrics
+        self._streams: dict[str, Call] = {}
+
+    async def take(self, member: str, requests: AsyncIterator[bytes]) -> AsyncGenerator[UploadResponse]:
+        """Serve one Upload call.
+
+        Raises:
+            FsllmError: As the contract lists them.
+
+        """
+        call = this_call()
+        if (before := self._streams.get(member)) is not None:
+            before.end(FsllmError("NOT_WANTED", "Another stream of this site has taken the upload over"))
+        self._streams[member] = call
+        try:
+            begin = await self._begin(requests)
+            bind(run=begin.run_id, round=begin.round)
+            expected = self._expect(member, begin)
+            if isinstance(expected, Receipt):
+                yield UploadResponse(receipt=expected)
+                return
+            announced = time.monotonic()
+            with self._admission.join() as ticket:
+                async for place in ticket.places():
+                    # It is the server that is busy, not the site that is idle.
+                    self._engine.touch(member, begin.run_id)
+                    yield UploadResponse(queued=Queued(place=place))
+                self._metrics.upload_wait_seconds.observe(time.monotonic() - announced)
+                # While it stood in the queue, the round may have closed, or another stream may have delivered.
+                expected = self._expect(member, begin)
+                if isinstance(expected, Receipt):
+                    yield UploadResponse(receipt=expected)
+                    return
+                admitted = time.monotonic()
+                with closing(self._spools.open(expected.run_id, expected.round, member, expected.manifest)) as spool:
+                    yield UploadResponse(ready=Ready(offset=spool.offset))
+                    receipt = await self._receive(expected, spool, requests)
+                self._metrics.upload_seconds.observe(time.monotonic() - admitted)
+                self._metrics.upload_bytes.observe(receipt.payload_bytes)
+            yield UploadResponse(receipt=receipt)
+        finally:
+            if self._streams.get(member) is call:
+                del self._streams[member]
+
+    async def _begin(self, requests: AsyncIterator[bytes]) -> UploadBegin:
+        async with self._deadline():
+            wire = await anext(requests, None)
+        begin = parse_upload(wire) if wire is not None else None
+        if not isinstance(begin, UploadBegin):
+            raise UpdateRejected("MANIFEST_INVALID", "The first message of Upload must be begin")
+        return begin
+
+    def _expect(self, member: str, begin: UploadBegin) -> Expected | Receipt:
+        try:
+            return self._engine.expect_upload(member, begin)
+        except FsllmError as error:
+            self._metrics.updates_rejected.labels(error.reason).inc()
+            raise
+
+    async def _receive(self, expected: Expected, spool: Spool, requests: AsyncIterator[bytes]) -> Receipt:
+        """Write the chunks, verify the whole, and record it.
+
+        Raises:
+            FsllmError: CHUNK_CORRUPT, OFFSET_OUT_OF_RANGE, SITE_IDLE, DISK_FULL, DIGEST_MISMATCH, NOT_FINITE, ...
+
+        """
+        try:
+            await self._write(expected, spool, requests)
+            verified = await spool.verify(expected.manifest, max_norm=expected.max_norm)
+        except FsllmError as error:
+            if error.reason not in INTERRUPTED:
+                await self._engine.reject_upload(expected, error)
+            raise
+        return await self._engine.record_upload(expected, verified)
+
+    async def _write(self, expected: Expected, spool: Spool, requests: AsyncIterator[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._deadline() as stall:
+            while (wire := await anext(requests, None)) is not None:
+                piece = parse_upload(wire)
+                if not isinstance(piece, Piece):
+                    raise UpdateRejected("MANIFEST_INVALID", "begin comes once, before the chunks")
+                size = len(piece.data)
+                # Full chunks only: with the deadline of each they are the least rate at which a site may hold a slot.
+                if size != min(CHUNK, expected.manifest.payload_bytes - piece.offset):
+                    raise UpdateRejected("MANIFEST_INVALID", f"A chunk of {size} bytes at {piece.offset} is not 1 MiB")
+                # Into the page cache, on the loop: a thread would cost more time than the copy.
+                spool.write(piece.offset, piece.data)
+                self._metrics.received_bytes.inc(size)
+                self._engine.touch(expected.member, expected.run_id)
+                stall.reschedule(loop.time() + self._stall)
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[asyncio.Timeout]:
+        try:
+            async with asyncio.timeout(self._stall) as stall:
+                yield stall
+        except TimeoutError:
+            message = f"No chunk arrived for {self._stall:g} seconds; the slot goes to the next site"
+            raise Unavailable("SITE_IDLE", message, retry_after=1.0) from None

@@ -1,0 +1,104 @@
+"""The server's settings: each is a flag, an environment variable and a line of the settings file."""
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from fsllm_common.settings import Settings
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def default_state_dir() -> Path:
+    """Return systemd's state directory when it gives one, else the user's."""
+    given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else Path.home() / ".local/state/fsllm/server"
+
+
+class ServerSettings(Settings):
+    """Everything about one server that is not in its state folder."""
+
+    port: Port = Field(default=50051, description="Where members and operators connect, with mutual TLS; 0: any free.")
+    enrollment_port: Port | None = Field(
+        default=None, description="Where newcomers redeem their join files; port + 1 when unset, 0: any free."
+    )
+    listen: str = Field(default="[::]", min_length=1, description="The address of both ports; [::] is every one.")
+    metrics_port: Port = Field(default=9464, description="Of /metrics, /healthz and /readyz; 0: any free.")
+    metrics_listen: str = Field(
+        default="127.0.0.1", min_length=1, description="Its address. Whoever reaches it may read it: it has no log-in."
+    )
+    state_dir: Path = Field(
+        default_factory=default_state_dir, description="The folder of everything the server keeps; made when missing."
+    )
+    host: tuple[str, ...] = Field(
+        default=(),
+        description="A name or address under which sites reach this server. All go into its certificate, the first "
+        "into join files. May be given several times.",
+    )
+    federation: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        description="The federation's name, fixed by the first start: 'fsllm' when unset then.",
+    )
+    database: str | None = Field(
+        default=None, description="URL of the database (SQLAlchemy's form); unset: an SQLite file in the state folder."
+    )
+    run: Path | None = Field(default=None, description="A plan file, submitted as a run at start.")
+    uploads_at_once: PositiveInt = Field(
+        default=4, description="Uploads that proceed at a time; the others queue. Each takes about 30 MiB of memory."
+    )
+    upload_stall_seconds: PositiveFloat = Field(
+        default=60, description="An upload whose next chunk of 1 MiB takes longer loses its slot; it may come again."
+    )
+    max_calls: PositiveInt = Field(
+        default=4096, description="Calls in progress (each attached member is one); more get BUSY."
+    )
+    certificate_hours: PositiveFloat = Field(
+        default=24, ge=0.02, le=24 * 366, description="Life of the certificates it issues; renewed at two thirds."
+    )
+    stop_seconds: float = Field(default=10, ge=0, description="How long calls may take to end when the server stops.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least that is logged."
+    )
+    log_format: Literal["auto", "human", "json"] = Field(
+        default="auto", description="auto: for people at a terminal, JSON elsewhere."
+    )
+
+    @property
+    def certificate_life(self) -> timedelta:
+        """Life of issued certificates."""
+        return timedelta(hours=self.certificate_hours)
+
+    @property
+    def chosen_enrollment_port(self) -> int:
+        """The enrolment port to open; 0 for any."""
+        if self.enrollment_port is not None:
+            return self.enrollment_port
+        return self.port + 1 if 0 < self.port < 65535 else 0
+
+    @property
+    def public_host(self) -> str:
+        """The name that join files carry."""
+        return self.host[0] if self.host else socket.gethostname()
+
+    @property
+    def certificate_hosts(self) -> list[str]:
+        """Every name of the server's certificate, the public one first."""
+        # A host name that DNS does not allow (it may hold anything) can not stand in a certificate.
+        own = [name for name in (socket.gethostname(),) if name and name.isascii()]
+        listen = [] if self.listens_everywhere else [self.listen.strip("[]")]
+        return list(dict.fromkeys((*self.host, *own, *listen, "localhost", "127.0.0.1", "::1")))
+
+    @property
+    def listens_everywhere(self) -> bool:
+        """Whether loopback reaches it too."""
+        return self.listen in ("[::]", "0.0.0.0")  # noqa: S104 - compared, not bound
+
+    @property
+    def local_host(self) -> str:
+        """The name under which this very host reaches it."""
+        return "localhost" if self.listens_everywhere else self.listen

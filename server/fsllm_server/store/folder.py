@@ -1,0 +1,55 @@
+"""The state folder: where everything lies, and the lock that keeps a second server out of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from fsllm_common.errors import FsllmError, SettingsInvalid
+
+
+class StateFolder:
+    """A server's state folder, held under an exclusive lock until ``close``."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder (0700) when it is missing, and lock it.
+
+        Raises:
+            FsllmError: STATE_LOCKED when another process holds it.
+            SettingsInvalid: It can not be made or written.
+
+        """
+        self.root = root.absolute()
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SettingsInvalid(f"state folder {self.root}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise SettingsInvalid(f"state folder {self.root}: can not be locked: {error.strerror}") from error
+            raise FsllmError("STATE_LOCKED", f"state folder {self.root} is in use by another process") from None
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the default database, a file in this folder."""
+        return f"sqlite:///{self.root / 'fsllm.sqlite3'}"
+
+    @property
+    def blobs(self) -> Path:
+        """Where versions lie."""
+        return self.root / "blobs"
+
+    @property
+    def spools(self) -> Path:
+        """Where uploads lie until their round is committed."""
+        return self.root / "spools"
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)

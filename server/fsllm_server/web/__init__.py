@@ -1,0 +1,1 @@
+"""What the web port says of this server: see ``fsllm_common.telemetry.web``."""

@@ -1,0 +1,467 @@
+"""Whole runs through the engine's shell: real database, real files, members that answer as daemons do."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_harness import KINDS, Member, make_plan, serving
+
+from fsllm.v1 import control_pb2, federation_pb2
+from fsllm_common.errors import FsllmError
+from fsllm_common.tensors.arrays import decode
+
+
+async def test_a_run_goes_from_its_submission_to_done(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a = Member(server, "a", value=1, examples=1).attach()
+        b = Member(server, "b", value=4, examples=2).attach()
+        run = await server.engine.submit(make_plan(), "r1")
+        shown = await server.done(run)
+
+        assert [commit.round for commit in shown.commits] == [0, 1, 2, 3]
+        assert [commit.version.number for commit in shown.commits] == [0, 1, 2, 3]
+        assert [KINDS[o.kind] for o in a.orders] == ["join", "build", "train", "train", "train"]
+        assert [KINDS[o.kind] for o in b.orders] == ["join", "check", "train", "train", "train"]
+        assert [round(c.weight, 6) for c in shown.commits[1].contributions] == [0.333333, 0.666667]
+        assert {m.name: (m.standing, m.epsilon) for m in shown.members} == {"a": ("ready", 0.5), "b": ("ready", 0.5)}
+        last = server.engine.version(run, None)
+        assert last.manifest.adapter_config == '{"r": 4}'
+        # Each round adds 1/3 x 1 + 2/3 x 4 = 3.
+        for array in decode(last.manifest, last.payload).values():
+            np.testing.assert_allclose(array, 9.0, rtol=1e-6)
+        assert server.metrics.rounds.labels("committed")._value.get() == 4
+    assert not list((tmp_path / "spools").glob("*/*/*"))
+
+
+async def test_evaluators_and_sites_evaluate_every_version(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for name in ("a", "b"):
+            Member(server, name).attach()
+        Member(server, "judge", role="evaluator", value=7).attach()
+        # fedavg needs a trainer, so it is evaluated; the harness does not care what the numbers are.
+        run = await server.engine.submit(make_plan(rounds=1, algorithm={"name": "fedavg"}), "r1")
+        shown = await server.done(run)
+        for commit in shown.commits:
+            assert [(m.member, m.metrics[0].value) for m in commit.metrics] == [("a", 1), ("b", 1), ("judge", 7)]
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+
+
+async def test_the_published_version_is_narrow_and_the_master_is_not(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for name in ("a", "b"):
+            Member(server, name, value=0.001).attach()
+        run = await server.engine.submit(make_plan(wire={"element_type": "bf16"}), "r1")
+        await server.done(run)
+        published = server.engine.version(run, 3)
+        assert published.payload.stat().st_size == published.manifest.payload_bytes == 64 * 2
+        masters = [blob for blob in (tmp_path / "blobs").iterdir() if (blob / "payload").stat().st_size == 64 * 4]
+        assert len(masters) == 4
+
+
+async def test_a_restart_goes_on_where_it_stood(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a"), Member(server, "b")
+        b.act["train"] = b.nothing
+        a.attach()
+        b.attach()
+        run = await server.engine.submit(make_plan(rounds=2), "r1")
+        await server.until(run, lambda n: (n.kind, n.subject, n.round) == ("update", "a", 1))
+        order = await b.order("train")
+        before = server.engine.get_run(run)
+        await server.restart()
+        assert b.error is not None
+        assert b.error.reason == "SERVER_STOPPING"
+
+        after = server.engine.get_run(run)
+        assert (after.phase, after.round) == ("collect", 1)
+        assert list(after.commits) == list(before.commits)
+        assert not any(member.attached for member in after.members)
+        # b comes back with its order in hand, and a with none: neither is sent anything again.
+        b.act.clear()
+        b.held = [order.order_id]
+        a.attach()
+        b.attach()
+        await b.upload(order, 1.0)
+        shown = await server.done(run)
+        assert len(a.of("train")) == 2
+        assert [o.round for o in b.of("train")] == [1, 2]
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+
+
+async def test_an_order_is_sent_again_under_the_same_id(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a").attach(), Member(server, "b")
+        b.act["train"] = b.nothing
+        b.attach()
+        await server.engine.submit(make_plan(), "r1")
+        first = await b.order("train")
+        await b.leave()
+        b.attach()
+        again = await b.order("train", 2)
+        assert again == first
+        assert len(a.of("train")) == 1
+
+
+async def test_a_partial_upload_resumes_after_a_restart(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        Member(server, "a").attach()
+        b = Member(server, "b")
+        b.act["train"] = b.nothing
+        b.attach()
+        run = await server.engine.submit(make_plan(), "r1")
+        order = await b.order("train")
+        manifest, payload = b.payload(order, 1.0)
+        spool = server.spools.open(run, 1, "b", manifest)
+        spool.write(0, memoryview(payload)[:100])
+        spool.close()
+        await server.restart()
+        status = server.engine.upload_status("b", run, 1, manifest.digest)
+        assert (status.committed_offset, status.HasField("receipt")) == (100, False)
+        assert server.spools.open(run, 1, "b", manifest).offset == 100
+
+
+async def test_the_same_payload_counts_once_and_another_conflicts(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a"), Member(server, "b")
+        a.act["train"] = a.nothing
+        b.act["train"] = b.nothing
+        a.attach()
+        b.attach()
+        run = await server.engine.submit(make_plan(rounds=1), "r1")
+        order = await a.order("train")
+        assert not (await a.upload(order, 2.0)).duplicate
+        assert (await a.upload(order, 2.0)).duplicate
+        with pytest.raises(FsllmError) as conflict:
+            await a.upload(order, 3.0)
+        assert conflict.value.reason == "UPDATE_CONFLICT"
+        await b.upload(await b.order("train"), 2.0)
+        shown = await server.done(run)
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+        # Also when the round is long over.
+        assert (await a.upload(order, 2.0)).duplicate
+        manifest, _ = a.payload(order, 2.0)
+        assert server.engine.upload_status("a", run, 1, manifest.digest).receipt.payload_bytes == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"order_id": "x.1.train.a.9"}, "NOT_WANTED"),
+        ({"round": 7}, "NOT_WANTED"),
+        ({"run_id": "nope"}, "NOT_WANTED"),
+        ({"base_digest": b"\1" * 32}, "BASE_STALE"),
+        ({"examples": 1 << 50}, "MANIFEST_INVALID"),
+    ],
+)
+async def test_unwanted_uploads_are_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+    async with serving(tmp_path) as server:
+        a = Member(server, "a")
+        a.act["train"] = a.nothing
+        a.attach()
+        Member(server, "b").attach()
+        await server.engine.submit(make_plan(), "r1")
+        order = await a.order("train")
+        with pytest.raises(FsllmError) as refused:
+            await a.upload(order, 1.0, **changes)
+        assert refused.value.reason == reason
+
+
+async def test_an_upload_with_other_tensors_or_of_another_member_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a"), Member(server, "b")
+        a.act["train"] = b.act["train"] = a.nothing
+        a.attach()
+        b.attach()
+        await server.engine.submit(make_plan(), "r1")
+        order = await a.order("train")
+        manifest, _ = a.payload(order, 1.0)
+        manifest.tensors[0].shape[:] = [32]
+        with pytest.raises(FsllmError) as refused:
+            server.engine.expect_upload("a", a.begin(order, manifest))
+        assert refused.value.reason == "MANIFEST_INVALID"
+        with pytest.raises(FsllmError) as forged:
+            await b.upload(order, 1.0)
+        assert forged.value.reason == "NOT_WANTED"
+
+
+async def test_an_update_that_loses_the_race_is_not_counted(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        members = [Member(server, name) for name in "abc"]
+        for member in members:
+            member.act["train"] = member.nothing
+            member.attach()
+        plan = make_plan(rounds=1, cohort={"size": 2, "over_selection": 1.5})
+        run = await server.engine.submit(plan, "r1")
+        orders = [await member.order("train") for member in members]
+        # All three are expected and verified before any is recorded.
+        ready = []
+        for member, order in zip(members, orders, strict=True):
+            manifest, payload = member.payload(order, 1.0)
+            expected = server.engine.expect_upload(member.name, member.begin(order, manifest))
+            assert not isinstance(expected, federation_pb2.Receipt)
+            spool = server.spools.open(run, 1, member.name, manifest)
+            spool.write(0, memoryview(payload))
+            ready.append((expected, await spool.verify(manifest, max_norm=None)))
+        await server.engine.record_upload(*ready[2])
+        await server.engine.record_upload(*ready[0])
+        with pytest.raises(FsllmError) as late:
+            await server.engine.record_upload(*ready[1])
+        assert late.value.reason in ("NOT_WANTED", "ROUND_CLOSED")
+        shown = await server.done(run)
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "c"]
+        assert [w.reason for w in members[1].withdrawn] == ["ROUND_CLOSED"]
+
+
+async def test_a_site_that_makes_no_progress_is_dropped(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for name in ("a", "b"):
+            Member(server, name).attach()
+        c = Member(server, "c")
+        c.act["train"] = c.nothing
+        c.attach()
+        run = await server.engine.submit(make_plan(rounds=1, timing={"idle_seconds": 0.3}), "r1")
+        shown = await server.done(run)
+        assert [x.member for x in shown.commits[1].contributions] == ["a", "b"]
+        assert [w.reason for w in c.withdrawn] == ["SITE_IDLE"]
+
+
+async def test_progress_keeps_a_slow_site_in_the_round(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a").attach(), Member(server, "b")
+
+        async def slowly(order: federation_pb2.Order) -> None:
+            # Twice the idle time, a step at a time.
+            for step in range(1, 9):
+                await asyncio.sleep(0.1)
+                progress = federation_pb2.Progress(order_id=order.order_id, activity="training", done=step, total=8)
+                server.engine.progress("b", progress)
+            await b.upload(order, 1.0)
+
+        b.act["train"] = slowly
+        b.attach()
+        run = await server.engine.submit(make_plan(rounds=1, timing={"idle_seconds": 0.4}), "r1")
+        shown = await server.done(run)
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+        assert not a.withdrawn
+        assert not b.withdrawn
+
+
+async def test_repeated_progress_is_none(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        Member(server, "a").attach()
+        b = Member(server, "b")
+        stop = asyncio.Event()
+
+        async def stuck(order: federation_pb2.Order) -> None:
+            while not stop.is_set():
+                server.engine.progress(
+                    "b", federation_pb2.Progress(order_id=order.order_id, activity="training", done=3)
+                )
+                await asyncio.sleep(0.02)
+
+        b.act["train"] = stuck
+        b.attach()
+        run = await server.engine.submit(make_plan(timing={"idle_seconds": 0.3, "failed_rounds": 1}), "r1")
+        notice = await server.until(run, lambda n: n.kind == "status" and n.subject == "paused")
+        stop.set()
+        assert "failed once" in notice.message
+
+
+async def test_a_second_daemon_of_the_same_member_ends_the_first(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        first, second = Member(server, "a").attach(), Member(server, "a")
+        await server.engine.submit(make_plan(), "r1")
+        await first.order("join")
+        second.attach()
+        assert first.task is not None
+        await first.task
+        assert first.error is not None
+        assert first.error.reason == "ATTACHED_ELSEWHERE"
+        # The first stream's end is not the member's.
+        first.session.close()
+        Member(server, "b").attach()
+        await second.order("build")
+
+
+async def test_pause_resume_and_cancel(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a"), Member(server, "b")
+        b.act["train"] = b.nothing
+        a.attach()
+        b.attach()
+        run = await server.engine.submit(make_plan(), "r1")
+        await server.until(run, lambda n: (n.kind, n.subject, n.round) == ("update", "a", 1))
+        await server.engine.pause(run)
+        assert server.engine.get_run(run).message == "paused by an operator"
+        assert server.engine.get_run(run).status == control_pb2.RUN_STATUS_PAUSED
+        with pytest.raises(FsllmError) as unwanted:
+            await b.upload(await b.order("train"), 1.0)
+        assert unwanted.value.reason == "NOT_WANTED"
+        assert [w.reason for w in b.withdrawn] == ["RUN_PAUSED"]
+
+        await server.engine.resume(run)
+        with pytest.raises(FsllmError) as running:
+            await server.engine.resume(run)
+        assert running.value.reason == "RUN_NOT_PAUSED"
+        # a's update was kept: only b is asked again, under a new id.
+        order = await b.order("train", 2)
+        assert order.order_id != b.of("train")[0].order_id
+        await b.upload(order, 1.0)
+        await server.until(run, lambda n: n.kind == "commit" and n.round == 1)
+        assert (await a.order("train", 2)).round == 2
+
+        await server.engine.cancel(run)
+        assert server.engine.get_run(run).status == control_pb2.RUN_STATUS_CANCELLED
+        with pytest.raises(FsllmError) as ended:
+            await server.engine.cancel(run)
+        assert ended.value.reason == "RUN_ENDED"
+        assert server.engine.version(run, 1).manifest.payload_bytes == 256
+
+
+async def test_watching_goes_on_after_a_cut(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for name in ("a", "b"):
+            Member(server, name).attach()
+        run = await server.engine.submit(make_plan(), "r1")
+        await server.done(run)
+        whole = [notice async for notice in server.engine.watch(run, 0)]
+        assert [notice.sequence for notice in whole] == list(range(1, len(whole) + 1))
+        assert [n.commit.version.number for n in whole if n.kind == "commit"] == [0, 1, 2, 3]
+        rest = [notice async for notice in server.engine.watch(run, 10)]
+        assert rest == whole[10:]
+        await server.restart()
+        assert [notice async for notice in server.engine.watch(run, 0)] == whole
+
+
+async def test_live_watching_tells_all_once_and_in_order(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        members = [Member(server, name) for name in ("a", "b")]
+        run = await server.engine.submit(make_plan(), "r1")
+
+        async def watch() -> list[control_pb2.WatchRunResponse]:
+            return [notice async for notice in server.engine.watch(run, 0) if notice.sequence]
+
+        live = asyncio.create_task(watch())
+        for member in members:
+            member.attach()
+        seen = await asyncio.wait_for(live, 20)
+        assert seen == [notice async for notice in server.engine.watch(run, 0)]
+
+
+async def test_the_same_request_submits_one_run(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        first = await server.engine.submit(make_plan(), "r1")
+        assert await server.engine.submit(make_plan(), "r1") == first
+        with pytest.raises(FsllmError) as other:
+            await server.engine.submit(make_plan(rounds=9), "r1")
+        assert other.value.reason == "PLAN_INVALID"
+        await server.restart()
+        assert await server.engine.submit(make_plan(), "r1") == first
+        second = await server.engine.submit(make_plan(name="second"), "r2")
+        assert [run.run_id for run in server.engine.list_runs()] == [first, second]
+        assert server.engine.get_run("second").run_id == second
+        assert server.engine.get_run(first[:6]).run_id == first
+        assert server.engine.get_run(first).message == "init: waiting for 2 more of 2 sites to join"
+        with pytest.raises(FsllmError) as unknown:
+            server.engine.get_run("third")
+        assert unknown.value.reason == "RUN_UNKNOWN"
+        with pytest.raises(FsllmError) as no_version:
+            server.engine.version(first, None)
+        assert no_version.value.reason == "VERSION_UNKNOWN"
+
+
+async def test_a_revoked_member_is_out_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        members = {name: Member(server, name) for name in "abc"}
+        members["c"].act["train"] = members["c"].nothing
+        for member in members.values():
+            member.attach()
+        run = await server.engine.submit(make_plan(rounds=1), "r1")
+        await members["c"].order("train")
+        await server.engine.forget_member("c")
+        task = members["c"].task
+        assert task is not None
+        await task
+        error = members["c"].error
+        assert error is not None
+        assert error.reason == "MEMBER_REVOKED"
+        shown = await server.done(run)
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+        with pytest.raises(FsllmError) as gone:
+            server.engine.blob("c", shown.commits[0].version.digest)
+        assert gone.value.reason == "BLOB_UNKNOWN"
+
+
+async def test_a_full_disk_during_the_reduction_pauses_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as server:
+        a, b = Member(server, "a").attach(), Member(server, "b")
+        b.act["train"] = b.nothing
+        b.attach()
+        run = await server.engine.submit(make_plan(rounds=1), "r1")
+        order = await b.order("train")
+
+        def full(folder: Path, size: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fsllm_server.store.blobs.demand_space", full)
+            await b.upload(order, 1.0)
+            await server.until(run, lambda n: n.kind == "status" and n.subject == "paused")
+        message = server.engine.get_run(run).message
+        assert "DISK_FULL" in message
+        assert str(tmp_path / "blobs") in message
+        assert not [p for p in (tmp_path / "blobs").iterdir() if p.name.startswith(".")]
+        await server.engine.resume(run)
+        shown = await server.done(run)
+        assert [c.member for c in shown.commits[1].contributions] == ["a", "b"]
+        assert len(a.of("train")) == 1
+
+
+async def test_a_rejected_upload_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        Member(server, "a").attach()
+        b = Member(server, "b")
+        b.act["train"] = b.nothing
+        b.attach()
+        run = await server.engine.submit(make_plan(rounds=1, wire={"max_update_norm": 1.0}), "r1")
+        order = await b.order("train")
+        manifest, payload = b.payload(order, 1.0)
+        expected = server.engine.expect_upload("b", b.begin(order, manifest))
+        assert not isinstance(expected, federation_pb2.Receipt)
+        assert expected.max_norm == 1.0
+        spool = server.spools.open(run, 1, "b", manifest)
+        spool.write(0, memoryview(payload))
+        with pytest.raises(FsllmError) as rejected:
+            await spool.verify(manifest, max_norm=expected.max_norm)
+        await server.engine.reject_upload(expected, rejected.value)
+        notice = await server.until(run, lambda n: n.kind == "rejected")
+        assert notice.subject == "b"
+        assert "8" in notice.message
+        assert server.metrics.updates_rejected.labels("NORM_TOO_LARGE")._value.get() == 1
+        assert server.engine.upload_status("b", run, 1, manifest.digest).committed_offset == 0
+
+
+async def test_an_answer_to_an_order_of_another_is_unknown(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a = Member(server, "a")
+        a.act["join"] = a.nothing
+        a.attach()
+        b = Member(server, "b").attach()
+        await server.engine.submit(make_plan(), "r1")
+        order = await a.order("join")
+        with pytest.raises(FsllmError) as forged:
+            await b.answer(order, done=federation_pb2.Done())
+        assert forged.value.reason == "ORDER_UNKNOWN"
+
+
+async def test_orders_of_a_run_that_is_over_are_withdrawn_at_the_next_attach(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        a = Member(server, "a")
+        a.held = ["000000000000.3.train.a.17"]
+        a.attach()
+        async with asyncio.timeout(20), a.arrived:
+            await a.arrived.wait_for(lambda: a.withdrawn)
+        assert (a.withdrawn[0].order_id, a.withdrawn[0].reason) == (a.held[0], "ORDER_UNKNOWN")
