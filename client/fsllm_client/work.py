@@ -250,14 +250,17 @@ class Work:
         self, job: Job, manifest: Manifest, counts: dict[str, int], metrics: dict[str, float]
     ) -> UploadBegin:
         order = job.order
-        leaving = job.policy.update_metrics(metrics, noised=self._noise(job.plan) is not None)
+        noised = self._noise(job.plan) is not None
+        leaving = job.policy.update_metrics(metrics, noised=noised)
+        # The noise does not cover exact counts. A plan with noise weighs uniformly, so nobody needs them.
+        examples, tokens = (0, 0) if noised else (counts.get("examples", 0), counts.get("tokens", 0))
         return UploadBegin(
             run_id=order.run_id,
             round=order.round,
             base_digest=order.base.digest,
             manifest=manifest,
-            examples=counts.get("examples", 0),
-            tokens=counts.get("tokens", 0),
+            examples=examples,
+            tokens=tokens,
             steps=counts.get("steps", 0),
             metrics=[Metric(name=name, value=value) for name, value in leaving.items()],
         )

@@ -186,6 +186,19 @@ class ServerProcess:
         """Return an asyncio channel to the main port."""
         return grpc.aio.secure_channel(self.address, channel_credentials(credential), options=CHANNEL_OPTIONS)
 
+    def await_log(self, text: str) -> str:
+        """Wait for a line of the log that holds ``text``, from the log's beginning, and return it."""
+        command = ["tail", "-n", "+1", "-F", f"--pid={self.process.pid}", str(self._log)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as tail:
+            assert tail.stdout is not None
+            try:
+                for line in tail.stdout:
+                    if text in line:
+                        return line
+            finally:
+                tail.kill()
+        raise AssertionError(f"the server has ended without a line about {text!r}:\n{self.log}")
+
     @property
     def _log(self) -> Path:
         return self.state.with_name(f"{self.state.name}.log")

@@ -8,8 +8,9 @@ import pytest
 from engine_harness import KINDS, Member, make_plan, serving
 
 from fsllm.v1 import control_pb2, federation_pb2
-from fsllm_common.errors import FsllmError
+from fsllm_common.errors import FsllmError, Unavailable
 from fsllm_common.tensors.arrays import decode
+from fsllm_server.store.events import Entry, EventLog
 
 
 async def test_a_run_goes_from_its_submission_to_done(tmp_path: Path) -> None:
@@ -465,3 +466,66 @@ async def test_orders_of_a_run_that_is_over_are_withdrawn_at_the_next_attach(tmp
         async with asyncio.timeout(20), a.arrived:
             await a.arrived.wait_for(lambda: a.withdrawn)
         assert (a.withdrawn[0].order_id, a.withdrawn[0].reason) == (a.held[0], "ORDER_UNKNOWN")
+
+
+async def test_watching_ends_with_an_error_when_the_server_stops(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        run = await server.engine.submit(make_plan(), "r1")
+        notices = server.engine.watch(run, 0)
+        assert (await anext(notices)).kind == "status"
+        waiting = asyncio.ensure_future(anext(notices))
+        await asyncio.sleep(0)
+        await server.engine.stop()
+        with pytest.raises(FsllmError) as stopped:
+            await waiting
+        assert stopped.value.reason == "SERVER_STOPPING"
+        for refused in (server.engine.submit(make_plan(), "r2"), server.engine.pause(run)):
+            with pytest.raises(FsllmError) as error:
+                await refused
+            assert error.value.reason == "SERVER_STOPPING"
+        with pytest.raises(FsllmError):
+            server.engine.attach("a", "site", federation_pb2.Hello())
+
+
+async def test_an_event_of_its_own_is_recorded_as_soon_as_the_disk_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as server:
+        run = await server.engine.submit(make_plan(), "r1")
+        monkeypatch.setattr("fsllm_server.engine.runner.RECORD_AGAIN", 0.01)
+        append, refused = EventLog.append, asyncio.Event()
+
+        async def full(log: EventLog, run_id: str, entry: Entry) -> None:
+            refused.set()
+            raise Unavailable("DISK_FULL", "full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EventLog, "append", full)
+            with pytest.raises(FsllmError) as error:
+                await server.engine.pause(run)
+            assert error.value.reason == "DISK_FULL"
+            refused.clear()
+            a = Member(server, "a").attach()
+            await asyncio.wait_for(refused.wait(), 10)
+            # Nothing is done about what is not recorded.
+            assert not a.orders
+            assert not server.engine.get_run(run).members
+        assert EventLog.append is append
+        await a.order("join")
+        assert (await server.until(run, lambda n: n.subject == "a")).message == "a is attached"
+
+
+async def test_what_the_metrics_count(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        Member(server, "a", value=1.0).attach()
+        Member(server, "b", value=2.0).attach()
+        run = await server.engine.submit(make_plan(rounds=2, algorithm={"name": "fedavg"}), "r1")
+        await server.until(run, lambda n: n.kind == "commit" and n.round == 1)
+        value = server.metrics.registry.get_sample_value
+        assert value("fsllm_server_loss", {"run": run, "role": "site"}) == 1.5
+        await server.done(run)
+        assert value("fsllm_server_updates_accepted_total") == 5
+        assert value("fsllm_server_runs", {"status": "done"}) == 1
+        assert value("fsllm_server_phase_seconds_count", {"phase": "collect"}) == 2
+        # A run that is over leaves no series behind.
+        assert value("fsllm_server_loss", {"run": run, "role": "site"}) is None

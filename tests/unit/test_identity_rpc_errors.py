@@ -87,7 +87,7 @@ class Bare(grpc.RpcError):
     def details(self) -> str:
         return "Socket closed"
 
-    def trailing_metadata(self) -> Any:
+    def trailing_metadata(self) -> Any:  # noqa: ANN401
         return self._metadata
 
 

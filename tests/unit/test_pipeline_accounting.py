@@ -16,6 +16,7 @@ from fsllm_common.accounting.budget import (
 )
 
 
+@pytest.mark.slow  # importing opacus
 @pytest.mark.parametrize("multiplier", [0.5, 1.0, 2.0, 10.0, 50.0])
 @pytest.mark.parametrize("releases", [1, 10, 500])
 @pytest.mark.parametrize("delta", [1e-5, 1e-8])

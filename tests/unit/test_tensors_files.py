@@ -32,9 +32,14 @@ def test_a_secret_is_at_no_time_readable_by_others(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
-    with pytest.raises(RuntimeError, match="half-way"), replacing(path) as fresh:
-        fresh.write_bytes(b"half")
-        raise RuntimeError("half-way")
+
+    def fail() -> None:
+        with replacing(path) as fresh:
+            fresh.write_bytes(b"half")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -94,7 +94,7 @@ def explain(plan: Plan, policy: Policy, role: Role, machine: Machine) -> Explana
         rounds=plan.rounds,
         messages=_messages(plan, policy, role, evaluated),
         metrics=_metrics(plan, policy, role, evaluated),
-        counts=["examples", "tokens", "steps"] if role == "site" else [],
+        counts=[] if role == "evaluator" else ["steps"] if noise is not None else ["examples", "tokens", "steps"],
         epsilon=epsilon,
         privacy=_privacy(plan, learns, role, epsilon),
     )
@@ -148,8 +148,7 @@ def _privacy(plan: Plan, learns: bool, role: Role, epsilon: float | None) -> str
     delta = noise.delta if noise is not None else 0.0
     return (
         f"Each delta is clipped and noised here, before it leaves: epsilon {epsilon:.3g} at delta {delta:g} over all "
-        f"{plan.rounds} rounds, for this site's whole contribution. The counts and the evaluation metrics are not "
-        "noised and not covered by it."
+        f"{plan.rounds} rounds, for this site's whole contribution. Evaluation metrics are not noised and not covered."
     )
 
 

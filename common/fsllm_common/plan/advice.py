@@ -100,7 +100,7 @@ def _about_signal(plan: Plan, noise: Noise, parameters: int | None) -> str:
 
 def _about_the_rest(plan: Plan) -> Iterator[str]:
     if plan.wire.element_type == "fp16":
-        yield "wire.element_type fp16: values above 65504 are refused and those below 3e-8 lost; bf16 has no such limit."
+        yield "wire.element_type fp16: values above 65504 are refused, those below 3e-8 lost; bf16 has no such limit."
     if plan.algorithm.weighting != "capped" and plan.algorithm.weight_cap != 1000:
         yield "algorithm.weight_cap has no effect unless algorithm.weighting is capped."
     if plan.cohort.quorum == 1:

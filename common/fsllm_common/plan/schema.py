@@ -140,7 +140,7 @@ class Data(Section):
         default_factory=dict, description="Our name: the name in the site's files."
     )
     template: str = Field(
-        default="alpaca", description="'tokenizer' for the tokenizer's chat template, or alpaca, plain, chatml."
+        default="alpaca", description="'tokenizer' for the tokenizer's chat template, or alpaca, plain, chatml, brief."
     )
     max_length: PositiveInt = Field(default=512, description="Tokens a sequence; longer examples are cut at the end.")
     packing: bool = Field(default=True, description="Several examples a sequence, kept apart by attention.")

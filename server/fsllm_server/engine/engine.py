@@ -10,7 +10,7 @@ from typing import Literal
 
 from fsllm.v1 import control_pb2, federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
-from fsllm_common.errors import FsllmError, PlanInvalid, Refused, Unavailable
+from fsllm_common.errors import FsllmError, PlanInvalid, Refused
 from fsllm_common.plan import Plan, canonical_json
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
@@ -30,7 +30,7 @@ from fsllm_server.engine.events import (
 )
 from fsllm_server.engine.meter import Meter
 from fsllm_server.engine.reducing import installed_algorithm
-from fsllm_server.engine.runner import Outside, Runner
+from fsllm_server.engine.runner import Outside, Runner, stopping
 from fsllm_server.engine.session import Session
 from fsllm_server.engine.uploads import Expected, Uploads
 from fsllm_server.store.blobs import Blobs, StoredVersion
@@ -93,7 +93,7 @@ class Engine:
         """Park: sessions end with SERVER_STOPPING and nothing more is decided. What is recorded is complete."""
         self._stopped = True
         for session in self._sessions.values():
-            session.end(Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0))
+            session.end(stopping())
         self._sessions.clear()
         await asyncio.gather(*(runner.stop() for runner in self._runners.values()))
 
@@ -104,9 +104,11 @@ class Engine:
 
         Raises:
             PlanInvalid: The algorithm is not installed here, or the request_id was another plan's.
-            FsllmError: DISK_FULL, STATE_CORRUPT.
+            FsllmError: DISK_FULL, STATE_CORRUPT, SERVER_STOPPING.
 
         """
+        if self._stopped:
+            raise stopping()
         text = canonical_json(plan).decode()
         needs_trainer = installed_algorithm(plan.algorithm.name).needs_trainer
         async with self._submitting:
@@ -144,7 +146,7 @@ class Engine:
         """Return the run's recorded events after sequence ``after``, then live ones, until the run has ended.
 
         Raises:
-            FsllmError: RUN_UNKNOWN, at the call.
+            FsllmError: RUN_UNKNOWN, at the call; SERVER_STOPPING, from the stream.
 
         """
         return self._find(run).watch(after)
@@ -206,7 +208,7 @@ class Engine:
 
         """
         if self._stopped:
-            raise Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0)
+            raise stopping()
         session = Session(member, role, hello, self._detach)
         if (before := self._sessions.get(member)) is not None:
             before.end(FsllmError("ATTACHED_ELSEWHERE", f"Another daemon has attached as {member}"))
@@ -303,7 +305,8 @@ class Engine:
                 receipt = self._uploads.receipt(runner.run, expected.member, expected.round, spool.manifest.digest)
                 if receipt is not None:
                     return receipt
-            self._meter.rejected(error.reason)
+            if error.reason in ("UPDATE_CONFLICT", "ROUND_CLOSED", "NOT_WANTED"):
+                self._meter.rejected(error.reason)
             raise
         return federation_pb2.Receipt(digest=spool.manifest.digest, payload_bytes=spool.manifest.payload_bytes)
 

@@ -101,7 +101,7 @@ class Runner:
 
         """
         if self._stopped.is_set():
-            raise _stopping()
+            raise stopping()
         if self._task is None:
             core.check(self.run, event)
             return
@@ -120,14 +120,14 @@ class Runner:
             await self._task
         if self._work:
             await asyncio.wait(self._work)
-        self._watchers.close()
+        self._watchers.close(stopping())
 
     async def _take_events(self) -> None:
         with bound(run=self.run.id):
             while (item := await self._queue.get()) is not None:
                 event, done = item
                 if self._stopped.is_set():
-                    _answer(done, _stopping())
+                    _answer(done, stopping())
                     continue
                 try:
                     await self._take(event, keep_trying=done is None)
@@ -183,7 +183,8 @@ class Runner:
                 case Notify():
                     self._notices += 1
                     self._watchers.tell(views.notice(self._notices, at, effect))
-                    log.info(effect.message, kind=effect.kind, subject=effect.subject, round=effect.round)
+                    about = "site" if effect.subject in self.run.members else "subject"
+                    log.info(effect.message, kind=effect.kind, round=effect.round, **{about: effect.subject})
         self._idle.follow(self.run.orders.values())
         self._outside.meter.observe(self.run, effects)
         self._outside.changed()
@@ -268,5 +269,6 @@ def _answer(done: asyncio.Future[None] | None, error: FsllmError | None) -> None
         done.set_exception(error)
 
 
-def _stopping() -> Unavailable:
+def stopping() -> Unavailable:
+    """Return what is raised to whoever asks for something while the server stops."""
     return Unavailable("SERVER_STOPPING", "The server stops", retry_after=1.0)

@@ -60,12 +60,7 @@ class Session:
             self._ended = True
             self._queue.put_nowait(error)
 
-    def close(self, reason: str | None = None) -> None:
-        """Tell the engine that the stream is gone. Idempotent.
-
-        Args:
-            reason: Why, for the log; None for an ordinary end.
-
-        """
+    def close(self) -> None:
+        """Tell the engine that the stream is gone. Idempotent."""
         self.end(None)
         self._detach(self)

@@ -16,7 +16,7 @@ from fsllm_common.telemetry.logs import get_logger
 from fsllm_server.certificates import LOCAL_OPERATOR, Certificates
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments
-from fsllm_server.service.boundary import Context, register
+from fsllm_server.service.boundary import Context, Handler, register
 from fsllm_server.service.guard import Calls, caller, this_call
 from fsllm_server.service.transfers import send_version
 from fsllm_server.settings import ServerSettings
@@ -60,7 +60,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server: the export with raw frames, the others as generated."""
-        raw = {
+        raw: dict[str, Handler] = {
             "ExportRun": grpc.unary_stream_rpc_method_handler(
                 self.ExportRun, control_pb2.ExportRunRequest.FromString, response_serializer=None
             )
