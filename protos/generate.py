@@ -1,7 +1,7 @@
 """Regenerate the committed protobuf code: ``python protos/generate.py [OUTPUT_DIR]``.
 
-The version of grpcio-tools that runs this sets the oldest grpcio and protobuf that can load the result, which is why the
-``dev`` group pins an old one. ``tests/contract/test_protos.py`` fails when the committed code is not what this makes.
+The version of grpcio-tools that runs this sets the oldest grpcio and protobuf that can load the result, which is why
+the ``dev`` extra pins an old one. ``tests/contract/test_protos.py`` fails when the committed code is not what this makes.
 """
 
 import sys
@@ -22,16 +22,18 @@ def generate(out: Path) -> None:
     """
     well_known = resources.files("grpc_tools") / "_proto"
     sources = sorted(str(p) for p in (ROOT / "fsllm" / "v1").glob("*.proto"))
-    status = protoc.main([
-        "protoc",
-        f"-I{ROOT}",
-        f"-I{well_known}",
-        f"--python_out={out}",
-        f"--grpc_python_out={out}",
-        f"--mypy_out={out}",
-        f"--mypy_grpc_out={out}",
-        *sources,
-    ])
+    status = protoc.main(
+        [
+            "protoc",
+            f"-I{ROOT}",
+            f"-I{well_known}",
+            f"--python_out={out}",
+            f"--grpc_python_out={out}",
+            f"--mypy_out={out}",
+            f"--mypy_grpc_out={out}",
+            *sources,
+        ]
+    )
     if status:
         raise SystemExit(status)
 

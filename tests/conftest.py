@@ -26,7 +26,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 @pytest.fixture(scope="session")
 def extensions() -> Path:
-    """Where DeepSpeed's compiled operators are kept between runs of the tests; the first use compiles them for minutes."""
+    """Where DeepSpeed keeps what it compiles, from one run of the tests to the next."""
     return Path(os.environ["TORCH_EXTENSIONS_DIR"])
 
 

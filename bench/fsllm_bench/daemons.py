@@ -8,13 +8,17 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from fsllm_common.errors import Unavailable
 
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 20.0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def command(name: str) -> str:
@@ -32,6 +36,8 @@ class Daemons:
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
+        # Python dies of SIGTERM without leaving its with blocks, which would leave the daemons behind.
+        self._previous = signal.signal(signal.SIGTERM, _leave)
         return self
 
     def __exit__(
@@ -45,6 +51,7 @@ class Daemons:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        signal.signal(signal.SIGTERM, self._previous)
 
     def start(self, name: str, arguments: list[str], *, await_ready: bool = False) -> int:
         """Start a process whose output goes to ``logs/name.log`` and return its pid.

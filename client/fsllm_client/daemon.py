@@ -44,6 +44,7 @@ from fsllm_common.errors import FsllmError, PolicyRefused, SettingsInvalid
 from fsllm_common.plan import plan_from_json
 from fsllm_common.telemetry.logs import bound, get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
+from fsllm_common.telemetry.notify import notify
 from fsllm_common.telemetry.web import WebServer
 
 if TYPE_CHECKING:
@@ -169,7 +170,9 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        notify("READY=1")
         await _first(self._attachment.run(), keep_renewed(link, self._state.identity, self._metrics), stopping.wait())
+        notify("STOPPING=1")
         log.info("stopping")
 
     def _make_trainer(self) -> "Trainer":

@@ -102,6 +102,10 @@ class Work:
         self._budget = budget
         self._metrics = metrics
         self._outbox = Outbox(means.state.outbox)
+        # What orders of an earlier process left to the trainer; each is made anew when it is needed.
+        for pattern in ("*.safetensors", "*.payload"):
+            for left in means.state.trainer.glob(pattern):
+                left.unlink()
 
     async def refuse(self, job: Job) -> None:
         """Refuse what the site does not allow or has no means for, before anything is loaded.

@@ -136,7 +136,9 @@ REASONS: Final[dict[str, Reason]] = {
         "UNAUTHENTICATED", Exit.IDENTITY, "Connect with the client certificate that the federation's CA issued."
     ),
     "MEMBER_REVOKED": Reason(
-        "PERMISSION_DENIED", Exit.IDENTITY, "The operator has revoked this member. Ask the operator for a new invitation."
+        "PERMISSION_DENIED",
+        Exit.IDENTITY,
+        "The operator has revoked this member. Ask the operator for a new invitation.",
     ),
     "ROLE_FORBIDDEN": Reason(
         "PERMISSION_DENIED", Exit.REFUSED, "This call is for another role. Use the credential of that role."
@@ -168,7 +170,9 @@ REASONS: Final[dict[str, Reason]] = {
     "RUN_FAILED": Reason("ABORTED", Exit.RUN_FAILED, "`fsllm run show RUN` says why."),
     "RUN_PAUSED": Reason("ABORTED", Exit.RUN_FAILED, "`fsllm run show RUN` says why; `fsllm run resume RUN` goes on."),
     "VERSION_UNKNOWN": Reason("NOT_FOUND", Exit.REFUSED, "`fsllm run show RUN` lists the committed versions."),
-    "ROUND_CLOSED": Reason("FAILED_PRECONDITION", Exit.REFUSED, "The round ended without this site; wait for the next."),
+    "ROUND_CLOSED": Reason(
+        "FAILED_PRECONDITION", Exit.REFUSED, "The round ended without this site; wait for the next."
+    ),
     "QUORUM_NOT_REACHED": Reason(
         "FAILED_PRECONDITION", Exit.RUN_FAILED, "Get more sites attached or lower cohort.quorum, then resume the run."
     ),
@@ -198,22 +202,30 @@ REASONS: Final[dict[str, Reason]] = {
     "BLOB_UNKNOWN": Reason("NOT_FOUND", Exit.REFUSED, "Ask for a version that an order or `fsllm run show` names."),
     "OFFSET_OUT_OF_RANGE": Reason("OUT_OF_RANGE", Exit.REFUSED, "Start again at offset 0."),
     "BUSY": Reason("RESOURCE_EXHAUSTED", Exit.UNAVAILABLE, "Try again after the stated delay."),
-    "DISK_FULL": Reason("RESOURCE_EXHAUSTED", Exit.STORAGE, "Free space under the named folder; the work resumes by itself."),
+    "DISK_FULL": Reason(
+        "RESOURCE_EXHAUSTED", Exit.STORAGE, "Free space under the named folder; the work resumes by itself."
+    ),
     "STATE_CORRUPT": Reason(
         "DATA_LOSS", Exit.STORAGE, "Restore the state folder from its last back-up; do not delete it before."
     ),
     "STATE_LOCKED": Reason(
-        "FAILED_PRECONDITION", Exit.STORAGE, "Another process uses this state folder: stop it, or choose another folder."
+        "FAILED_PRECONDITION",
+        Exit.STORAGE,
+        "Another process uses this state folder: stop it, or choose another folder.",
     ),
     "STATE_NEWER": Reason(
         "FAILED_PRECONDITION", Exit.STORAGE, "This state folder was written by a newer fsllm: install that version."
     ),
     # At the site.
     "POLICY_REFUSED": Reason(
-        "PERMISSION_DENIED", Exit.REFUSED, "The site's policy does not allow this plan: change the plan or ask the site."
+        "PERMISSION_DENIED",
+        Exit.REFUSED,
+        "The site's policy does not allow this plan: change the plan or ask the site.",
     ),
     "BUDGET_SPENT": Reason(
-        "PERMISSION_DENIED", Exit.REFUSED, "The site's privacy budget would be passed: more noise, fewer rounds, or stop."
+        "PERMISSION_DENIED",
+        Exit.REFUSED,
+        "The site's privacy budget would be passed: more noise, fewer rounds, or stop.",
     ),
     "LOSS_NOT_FINITE": Reason(
         "ABORTED", Exit.TRAINING, "Training diverged (NaN or Inf): lower train.learning_rate or clip gradients."
@@ -239,9 +251,7 @@ class FsllmError(Exception):
 
     """
 
-    def __init__(
-        self, reason: str, message: str, *, cure: str | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, message: str, *, cure: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message

@@ -11,8 +11,8 @@ _MADV_DONTNEED: Final = 4  # of <sys/mman.h> on Linux
 def give_back_start_up() -> None:
     """Let go of the pages of machine code that importing and initialising the libraries has touched: about 24 MiB.
 
-    They are unchanged copies of files in the page cache: what is still used comes back by itself at its next use, at the
-    cost of a minor fault. A mapping that holds any page of its own (changed by a debugger, say) is left alone. Does
+    They are unchanged copies of files in the page cache: what is still used comes back by itself at its next use, at
+    the cost of a minor fault. A mapping that holds any page of its own (changed by a debugger, say) is left alone. Does
     nothing where there is no /proc.
     """
     smaps = Path("/proc/self/smaps")

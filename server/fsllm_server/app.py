@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import Callable
@@ -93,7 +94,6 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         calls = Calls(settings.max_calls)
         attachments = Attachments(engine, metrics)
         uploads = Uploads(engine, spools, settings.uploads_at_once, settings.upload_stall_seconds, metrics)
-        life = settings.certificate_life
         healthy = health.aio.HealthServicer()
         control = ControlService(
             settings, engine, attachments, calls, members, invites, authority, certificates, federation
@@ -101,13 +101,15 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
 
         # How it is reached.
         main = grpc.aio.server(interceptors=[Guard(federation, members, calls, metrics)], options=OPTIONS)
-        FederationService(engine, attachments, uploads, members, authority, life, metrics).add_to(main)
+        FederationService(engine, attachments, uploads, members, authority, settings.life_of, metrics).add_to(main)
         control.add_to(main)
         health_pb2_grpc.add_HealthServicer_to_server(healthy, main)
         enrollment = grpc.aio.server(
             interceptors=[Boundary(metrics)], options=OPTIONS, maximum_concurrent_rpcs=settings.max_calls
         )
-        add_EnrollmentServiceServicer_to_server(EnrollmentService(authority, invites, life, metrics), enrollment)
+        add_EnrollmentServiceServicer_to_server(
+            EnrollmentService(authority, invites, settings.life_of, metrics), enrollment
+        )
         stack.push_async_callback(main.stop, 0)
         stack.push_async_callback(enrollment.stop, 0)
         port = _open(main, settings.listen, settings.port, "--port", certificates, require_client=True)
@@ -125,6 +127,7 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         stack.callback(web.stop)
 
         # Start, wait, stop.
+        stop = _stop_signal()
         await engine.start()
         await certificates.issue_operator()
         await main.start()
@@ -139,8 +142,8 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         give_back_start_up()
         notify("READY=1")
         if plan is not None:
-            await engine.submit(plan, request_id=f"start-{os.getpid()}-{here.port}")
-        await _until_stopped(certificates)
+            log.info("run submitted", run=await engine.submit(plan, request_id=secrets.token_hex(16)), name=plan.name)
+        await _until(stop, certificates)
 
         log.info("stopping")
         notify("STOPPING=1")
@@ -164,12 +167,16 @@ def _open(
         raise Unavailable("PORT_IN_USE", message) from error
 
 
-async def _until_stopped(certificates: Certificates) -> None:
-    """Return on SIGTERM or SIGINT; raise if the renewal of certificates ends, which it never should."""
+def _stop_signal() -> asyncio.Event:
+    """Return the event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _until(stop: asyncio.Event, certificates: Certificates) -> None:
+    """Return when told to stop; raise if the renewal of certificates ends, which it never should."""
     tasks = [asyncio.create_task(stop.wait()), asyncio.create_task(certificates.keep_fresh())]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:

@@ -64,7 +64,7 @@ def _run(settings: ServerSettings) -> None:
 def _tell(settings: ServerSettings, started: "Started") -> None:
     """Say where the server answers and what to type next."""
     state = settings.state_dir.absolute()
-    fsllm = "fsllm" if state == default_state_dir() else f"FSLLM_STATE={state} fsllm"
+    fsllm = "fsllm" if state == default_state_dir() else f"FSLLM_STATE_DIR={state} fsllm"
     lines = [
         f"fsllm-server {__version__}, federation {started.federation!r}, serves.",
         f"  members and operators  {settings.listen}:{started.port}  (mutual TLS)",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from fsllm_common.identity.names import Role
 from fsllm_common.settings import Settings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -16,7 +17,8 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 def default_state_dir() -> Path:
     """Return systemd's state directory when it gives one, else the user's."""
     given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-    return Path(given) if given else Path.home() / ".local/state/fsllm/server"
+    own = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return Path(given) if given else own / "fsllm/server"
 
 
 class ServerSettings(Settings):
@@ -58,7 +60,13 @@ class ServerSettings(Settings):
         default=4096, description="Calls in progress (each attached member is one); more get BUSY."
     )
     certificate_hours: PositiveFloat = Field(
-        default=24, ge=0.02, le=24 * 366, description="Life of the certificates it issues; renewed at two thirds."
+        default=24, ge=0.02, le=24 * 366, description="Life of the daemons' certificates; renewed at two thirds."
+    )
+    operator_certificate_hours: PositiveFloat = Field(
+        default=24 * 30,
+        ge=0.02,
+        le=24 * 366,
+        description="Life of an invited operator's certificate, which no daemon renews: `fsllm` does, when it is used.",
     )
     stop_seconds: float = Field(default=10, ge=0, description="How long calls may take to end when the server stops.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -70,8 +78,12 @@ class ServerSettings(Settings):
 
     @property
     def certificate_life(self) -> timedelta:
-        """Life of issued certificates."""
+        """Life of the certificates that daemons renew, the local operator's included."""
         return timedelta(hours=self.certificate_hours)
+
+    def life_of(self, role: Role) -> timedelta:
+        """Return the life of a certificate that a member of ``role`` gets."""
+        return timedelta(hours=self.operator_certificate_hours) if role is Role.OPERATOR else self.certificate_life
 
     @property
     def chosen_enrollment_port(self) -> int:

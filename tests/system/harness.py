@@ -57,7 +57,9 @@ class ServerProcess:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
@@ -206,8 +208,8 @@ class ServerProcess:
     def _await_ready(self, notices: socket.socket) -> None:
         ended = os.pidfd_open(self.process.pid)
         try:
-            ready, _, _ = select.select([notices, ended], [], [], START_SECONDS)
-            if notices not in ready:
+            ready, _, _ = select.select([notices.fileno(), ended], [], [], START_SECONDS)
+            if notices.fileno() not in ready:
                 if ended not in ready:
                     self.kill()
                 raise ServerEnded(self.process.wait(START_SECONDS), self.log)

@@ -1,21 +1,21 @@
 """A site or evaluator at the level of the wire, for tests that must do single steps, or do them wrong.
 
-    peer = Peer(server, server.enroll("a"))
-    train = peer.join(plan_id)          # answers JOIN, delivers version 0 when asked to build it, checks it, gets TRAIN
-    upload = peer.upload(begin_of(train, manifest))
-    upload.ready(); upload.send(payload); upload.receipt()
+peer = Peer(server, server.enroll("a"))
+train = peer.join(plan_id)          # answers JOIN, delivers version 0 when asked to build it, checks it, gets TRAIN
+upload = peer.upload(begin_of(train, manifest))
+upload.ready(); upload.send(payload); upload.receipt()
 """
 
 import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+from tests.system.harness import ServerProcess
 
 from fsllm.v1 import federation_pb2 as pb
 from fsllm.v1.federation_pb2_grpc import FederationServiceStub
@@ -24,7 +24,6 @@ from fsllm_common import PROTOCOL_VERSION
 from fsllm_common.identity.keys import Credential
 from fsllm_common.tensors.arrays import encode
 from fsllm_common.tensors.chunks import CHUNK, Piece, frame_chunk, parse_download
-from tests.system.harness import ServerProcess
 
 DEADLINE = 60.0
 SERVICE = "/fsllm.v1.FederationService"
@@ -147,12 +146,13 @@ class Peer:
 
     def download(self, version: pb.Version, run_id: str, offset: int = 0) -> tuple[Manifest, bytes]:
         """Fetch a version from an offset: its manifest and the bytes from there on."""
-        call = self.channel.unary_stream(
+        fetch: Any = self.channel.unary_stream(
             f"{SERVICE}/Download",
             request_serializer=pb.DownloadRequest.SerializeToString,
             response_deserializer=None,
-        )(pb.DownloadRequest(run_id=run_id, digest=version.digest, offset=offset), timeout=DEADLINE)
-        return read_payload(call, offset)
+        )
+        request = pb.DownloadRequest(run_id=run_id, digest=version.digest, offset=offset)
+        return read_payload(fetch(request, timeout=DEADLINE), offset)
 
     def close(self) -> None:
         """Break the connection, as a daemon that dies does."""
@@ -213,4 +213,3 @@ class Tensors:
             "steps": 1,
         }
         return pb.UploadBegin(**{**fields, **changes})
-

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import grpc
 import numpy as np
 import pytest
+from tests.system.harness import CALL_SECONDS, ServerProcess, meaning_of, reason_of
+from tests.system.peer import Peer, Tensors, join_all, read_payload
 
 from fsllm.v1 import control_pb2 as control
 from fsllm.v1 import federation_pb2 as pb
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.tensors.chunks import CHUNK, frame_chunk
-from tests.system.harness import CALL_SECONDS, ServerProcess, meaning_of, reason_of
-from tests.system.peer import Peer, Tensors, join_all, read_payload
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,7 @@ def test_a_round_from_submission_to_export(server: ServerProcess, zero: Tensors,
     assert [event.sequence for event in events if event.sequence] == sorted(
         event.sequence for event in events if event.sequence
     )
-    export = server.channel(server.operator()).unary_stream(
+    export: Any = server.channel(server.operator()).unary_stream(
         "/fsllm.v1.ControlService/ExportRun",
         request_serializer=control.ExportRunRequest.SerializeToString,
         response_deserializer=None,
@@ -263,7 +264,7 @@ def test_manifests_that_do_not_fit_the_base_are_refused_before_any_byte(
     empty = peer.upload()
     empty.close()
     assert reason_of(empty.error()) == "MANIFEST_INVALID"
-    assert peer.deliver(order, delta)
+    assert not peer.deliver(order, delta).duplicate
 
 
 def test_a_stalled_upload_frees_its_slot_and_the_queue_is_told(
@@ -287,14 +288,12 @@ def test_a_stalled_upload_frees_its_slot_and_the_queue_is_told(
     for upload in uploads[2:]:
         upload.send(delta.payload, upload.ready())
         assert upload.receipt().digest == delta.manifest.digest
-    assert peers[0].deliver(orders[0], delta)
-    assert peers[1].deliver(orders[1], delta)
+    for peer, order in zip(peers[:2], orders[:2], strict=True):
+        assert not peer.deliver(order, delta).duplicate
     until_ended(server, run)
 
 
-def test_an_acknowledged_upload_and_half_of_another_survive_a_kill(
-    tmp_path: Path, zero: Tensors
-) -> None:
+def test_an_acknowledged_upload_and_half_of_another_survive_a_kill(tmp_path: Path, zero: Tensors) -> None:
     with ServerProcess(tmp_path / "server") as server:
         credentials = {name: server.enroll(name) for name in ("a", "b")}
         run = submit(server, "a", "b")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 from engine_harness import make_plan
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -142,7 +142,7 @@ class World(RuleBasedStateMachine):
     @rule(name=st.sampled_from(MEMBERS), really=st.integers(0, 3))
     def forget(self, name: str, really: int) -> None:
         if really == 0:
-            if self.run.candidate is None and self.run.phase != "reduce":
+            if self.run.candidate is None and self.run.phase not in ("reduce", ""):
                 self.recorded.pop((self.run.round, name), None)
             self.put(events.MemberForgotten(at=self.now(), member=name))
 
@@ -361,7 +361,12 @@ class World(RuleBasedStateMachine):
 
 
 World.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=80,
+    stateful_step_count=30,
+    deadline=None,
+    # Explaining a failure traces every line: minutes, for little.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 test_world = pytest.mark.slow(World.TestCase)
 

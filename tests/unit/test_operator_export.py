@@ -1,7 +1,7 @@
 """Exporting over real TLS from a server that breaks off, sends rubbish, or ignores what it is asked."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -48,8 +48,8 @@ class Server(control_pb2_grpc.ControlServiceServicer):
         self.manifest = manifest
         self.payload = payload
         self.offsets: list[int] = []
-        self.break_after: list[int] = []
-        """Chunks after which the streams to come break, one number a stream."""
+        self.limit: Callable[[int], int] = lambda offset: -1
+        """How many chunks a stream that begins at an offset sends before it breaks; -1: all."""
         self.damage = 0
         """So many streams to come have a flipped bit under a right checksum."""
 
@@ -62,7 +62,7 @@ class Server(control_pb2_grpc.ControlServiceServicer):
             manifest.adapter_config = ""
         yield ExportRunResponse(manifest=manifest)
         self.offsets.append(request.offset)
-        limit = self.break_after.pop(0) if self.break_after else -1
+        limit = self.limit(request.offset)
         source = self.payload
         if self.damage and request.version:
             source = self.payload.with_suffix(".damaged")
@@ -97,14 +97,15 @@ def arrays() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     return {
         name.format("A"): generator.integers(-128, 128, (4, 160_000)).astype(np.float32),
-        name.format("B"): generator.integers(-128, 128, (160_000, 4)).astype(np.float32) / 64,
+        name.format("B"): (generator.integers(-128, 128, (160_000, 4)) / 64).astype(np.float32),
     }
 
 
 @pytest.fixture
 def server(tmp_path: Path, arrays: dict[str, Any]) -> Server:
     payload = tmp_path / "payload"
-    return Server(encode(arrays, ELEMENT_TYPE_BFLOAT16, payload, adapter_config=json.dumps(CONFIGURATION)), payload)
+    manifest = encode(arrays, ELEMENT_TYPE_BFLOAT16, payload, adapter_config=json.dumps(CONFIGURATION))
+    return Server(manifest, payload)  # type: ignore[abstract]  # its other methods answer UNIMPLEMENTED
 
 
 @pytest.fixture
@@ -202,23 +203,22 @@ def test_the_card_says_it_all(connection: Connection, run: Run, tmp_path: Path) 
 def test_a_broken_stream_goes_on_where_it_stood(
     connection: Connection, server: Server, run: Run, arrays: dict[str, Any], tmp_path: Path
 ) -> None:
-    # The first stream is for the manifest alone.
-    server.break_after = [-1, 1, 1]
+    server.limit = lambda offset: 1
     export_run(connection, run, tmp_path / "out", force=False)
     check(tmp_path / "out", arrays)
-    assert server.offsets[1:4] == [0, CHUNK, 2 * CHUNK]
+    assert sorted({*server.offsets}) == [0, CHUNK, 2 * CHUNK]
 
 
 @pytest.mark.usefixtures("no_waiting")
 def test_what_arrived_is_not_fetched_again_by_the_next_command(
     connection: Connection, server: Server, run: Run, arrays: dict[str, Any], tmp_path: Path
 ) -> None:
-    server.break_after = [-1, 1, *[0] * 10]
+    server.limit = lambda offset: 1 if offset == 0 else 0
     with pytest.raises(FsllmError) as caught:
         export_run(connection, run, tmp_path / "out", force=False)
     assert caught.value.reason == "SERVER_UNREACHABLE"
     assert files(tmp_path / "out") == {".partial"}
-    server.break_after = []
+    server.limit = lambda offset: -1
     server.offsets.clear()
     export_run(connection, run, tmp_path / "out", force=False)
     assert CHUNK in server.offsets

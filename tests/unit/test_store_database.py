@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 
-from fsllm_common.errors import FsllmError, SettingsInvalid
+from fsllm_common.errors import Exit, FsllmError, SettingsInvalid
 from fsllm_server.store.database import Database
 from fsllm_server.store.events import Entry, EventLog, RunRecord
 from fsllm_server.store.folder import StateFolder
@@ -134,3 +134,10 @@ def test_a_full_disk_says_so(tmp_path: Path) -> None:
     assert error.value.reason == "DISK_FULL"
     assert str(tmp_path) in error.value.message
     database.close()
+
+
+def test_a_database_that_can_not_be_opened_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FsllmError) as error:
+        Database(url(tmp_path / "missing"))
+    assert (error.value.reason, error.value.exit_code) == ("STATE_CORRUPT", Exit.STORAGE)
+    assert "missing" in error.value.message

@@ -70,19 +70,53 @@ def understood(wire: bytes) -> UploadBegin | Piece | None:
         return None
 
 
+def expected(wire: bytes) -> UploadBegin | Piece | None:
+    """What the generated decoder makes of it; None when it, or the checksum, refuses."""
+    try:
+        message = UploadRequest.FromString(wire)
+    except DecodeError:
+        return None
+    match message.WhichOneof("kind"):
+        case "begin":
+            return message.begin
+        case "chunk" if crc32c(message.chunk.data) == message.chunk.crc32c:
+            return Piece(message.chunk.offset, memoryview(message.chunk.data))
+        case _:
+            return None
+
+
 @given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda b: b"\x12" + bytes([len(b)]) + b))
 def test_any_bytes_are_understood_as_the_generated_decoder_does_or_refused(wire: bytes) -> None:
-    try:
-        expected = UploadRequest.FromString(wire)
-    except DecodeError:
-        expected = UploadRequest()
-    match expected.WhichOneof("kind"):
-        case "begin":
-            assert understood(wire) == expected.begin
-        case "chunk" if crc32c(expected.chunk.data) == expected.chunk.crc32c:
-            assert understood(wire) == Piece(expected.chunk.offset, memoryview(expected.chunk.data))
-        case _:
-            assert understood(wire) is None
+    assert understood(wire) == expected(wire)
+
+
+def field(tag: int, data: bytes) -> bytes:
+    return bytes((tag, len(data))) + data
+
+
+CRC = b"\x15" + crc32c(b"abc").to_bytes(4, "little")
+WHOLE = b"\x08\x07" + CRC + field(0x1A, b"abc")
+HUGE = b"\x08" + b"\xff" * 9 + b"\x7f"  # a varint of 70 bits
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"\x12" + bytes([len(WHOLE) + 1]) + WHOLE,  # says more than there is
+        b"\x12" + bytes([len(WHOLE) - 1]) + WHOLE,  # says less
+        b"\x12" + bytes([len(WHOLE) - 5]) + WHOLE,  # ends where data begins
+        field(0x12, WHOLE + b"\x20\x01"),  # an unknown field inside
+        field(0x12, WHOLE) + b"\x18\x01",  # and one after
+        field(0x12, WHOLE) + field(0x12, b"\x08\x09"),  # merged with a second
+        field(0x12, CRC + b"\x1a\x02abc"),  # data shorter than what follows
+        field(0x12, HUGE + CRC + field(0x1A, b"abc")),
+        field(0x12, b"\x08" + b"\xff" * 10 + b"\x01" + CRC + field(0x1A, b"abc")),
+        field(0x12, b""),
+        field(0x12, WHOLE) + field(0x0A, b""),  # the other kind after it: the last one counts
+    ],
+)
+def test_odd_frames_are_understood_as_the_generated_decoder_does(wire: bytes) -> None:
+    assert understood(wire) == expected(wire)
 
 
 @given(st.data(), offsets, st.binary(min_size=1, max_size=64))

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from fsllm_client.trainer.account import epsilon
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # opacus warns of its own imports

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
+
 from fsllm.v1 import tensors_pb2
 from fsllm_client.trainer.adapters import adapter_parameters, attach, config_json, initial_adapter
 from fsllm_client.trainer.base_model import check_folder, load_model, shape_of_model
@@ -19,15 +20,14 @@ from fsllm_client.trainer.roles import tensor_role
 from fsllm_client.trainer.tensor_files import read_metadata, read_tensors, write_tensors
 from fsllm_common.errors import ModelUnusable
 from fsllm_common.plan import Plan
-from safetensors.numpy import save_file
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 KINDS = ("lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning")
 IDS = torch.tensor([[5, 80, 81, 7, 90, 11], [9, 60, 61, 62, 30, 31]])
 
 
-def _plan(kind: str, seed: int = 3, **adapter: Any) -> Plan:
+def _plan(kind: str, seed: int = 3, **adapter: object) -> Plan:
     return Plan.model_validate(
         {
             "name": "t",

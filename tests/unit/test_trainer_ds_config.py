@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fsllm_client.trainer.ds_config import deepspeed_config, ignored_keys, micro_batches, site_config
 from fsllm_common.errors import SettingsInvalid
 from fsllm_common.plan import Plan
@@ -14,9 +15,18 @@ def _plan(train: dict[str, Any] | None = None, **deepspeed: object) -> Plan:
 
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "expected"),
-    [(16, None, 1, (16, 1)), (16, 4, 1, (4, 4)), (16, 4, 2, (4, 2)), (16, 4, 3, (4, 2)), (2, 2, 4, (1, 1)), (6, 4, 1, (4, 2))],
+    [
+        (16, None, 1, (16, 1)),
+        (16, 4, 1, (4, 4)),
+        (16, 4, 2, (4, 2)),
+        (16, 4, 3, (4, 2)),
+        (2, 2, 4, (1, 1)),
+        (6, 4, 1, (4, 2)),
+    ],
 )
-def test_every_sequence_of_a_step_has_a_place(batch: int, micro: int | None, world: int, expected: tuple[int, int]) -> None:
+def test_every_sequence_of_a_step_has_a_place(
+    batch: int, micro: int | None, world: int, expected: tuple[int, int]
+) -> None:
     size, passes = micro_batches(_plan({"batch_size": batch, "micro_batch_size": micro}), world)
     assert (size, passes) == expected
     assert size * passes * world >= batch

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fsllm_client.trainer.adapters import adapter_parameters, attach, initial_adapter
 from fsllm_client.trainer.base_model import load_model
 from fsllm_client.trainer.ds_config import deepspeed_config
@@ -15,7 +16,7 @@ from fsllm_client.trainer.loop import token_losses
 from fsllm_common.algorithms.fedprox import Proximal
 from fsllm_common.plan import Plan
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 Tensors = dict[str, torch.Tensor]
 STAGES = (1, 2, 3)
@@ -28,7 +29,7 @@ def _one_process(alone: Group) -> None:
     pass
 
 
-def _plan(stage: int, kind: str = "lora", mu: float = 0.0, **train: Any) -> Plan:
+def _plan(stage: int, kind: str = "lora", mu: float = 0.0, **train: object) -> Plan:
     defaults = {
         "optimizer": "sgd",
         "precision": "fp32",
@@ -79,9 +80,11 @@ def _loss(forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
     return token_losses(logits, ids) / IDS[:, 1:].numel()
 
 
-def _step(engine: Engine, **hooks: Any) -> float:
+def _step(engine: Engine, **hooks: object) -> float:
     engine.model.train()
-    return engine.step([lambda i=i: _loss(engine.forward, IDS[2 * i : 2 * i + 2]) for i in range(engine.passes)], **hooks)
+    return engine.step(
+        [lambda i=i: _loss(engine.forward, IDS[2 * i : 2 * i + 2]) for i in range(engine.passes)], **hooks
+    )
 
 
 def _measure(engine: Engine) -> float:
@@ -199,7 +202,8 @@ def test_what_a_rule_makes_of_the_parameters_after_a_step_is_gone_on_with(
 def test_a_fresh_or_reset_optimizer_is_torchs_fresh_adamw(
     stage: int, make: Callable[..., Engine], tiny_model: Path
 ) -> None:
-    # A large epsilon would be a cleaner test, but the plan has none: with weights decayed, look at two steps of a small rate.
+    # A large epsilon would be a cleaner test, but the plan has none: with weights decayed, look at two steps of a small
+    # rate.
     plan = _plan(stage, optimizer="adamw", weight_decay=0.1, learning_rate=1e-3)
     start = _some_adapter(plan, tiny_model, 1)
     reference = _Torch(plan, tiny_model, start)

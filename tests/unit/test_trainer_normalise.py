@@ -1,4 +1,5 @@
 import pytest
+
 from fsllm_client.trainer.normalise import Normalizer, normalise, same_answer
 
 

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from fsllm_client.trainer.schedule import learning_rate
 from fsllm_common.plan import Plan
 

@@ -26,6 +26,13 @@ Examples:
   fsllm demo --model ./my-llama --data rows.jsonl --split-by category
 """
 
+_NEXT = """
+Next, across real hosts:
+  fsllm-server --port 50051                                                    # the operator's host
+  fsllm site invite hospital-a -o hospital-a.join                              # hand the file to the site
+  fsllm-client --server HOST:50051 --data ./private --join hospital-a.join     # at the site
+  fsllm run submit {plan} --watch                      # or a plan of your own"""
+
 
 @click.command(epilog=_EPILOG)
 @click.option("--model", default="embedded", show_default=True, help="embedded, smollm2, or the folder of a model.")
@@ -225,10 +232,7 @@ def _report(
     console.print()
     results.show(console, table, rounds)
     picture = results.write(out, table, rounds)
-    console.print(f"\nThe plot is [bold]{picture}[/bold], the adapter [bold]{out / 'adapter'}[/bold]. Load it with")
-    console.print(f'  PeftModel.from_pretrained(model, "{out / "adapter"}")', markup=False)
-    console.print("\nNext, across real hosts:")
-    console.print("  fsllm-server --port 50051                                  # the operator's host")
-    console.print("  fsllm site invite hospital-a -o hospital-a.join            # hand the file to the site")
-    console.print("  fsllm-client --server host:50051 --data ./private --join hospital-a.join   # at the site")
-    console.print(f"  fsllm run submit {out / 'plans' / 'federation.yaml'} --watch     # your own plan in its place")
+    adapter = out / "adapter"
+    console.print(f"\nPlot: [bold]{picture}[/bold]. Adapter: [bold]{adapter}[/bold]. Load it with", soft_wrap=True)
+    click.echo(f'  PeftModel.from_pretrained(model, "{adapter}")')
+    click.echo(_NEXT.format(plan=out / "plans" / "federation.yaml"))

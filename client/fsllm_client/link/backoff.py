@@ -4,7 +4,7 @@ import random
 from typing import Final
 
 FIRST: Final = 0.2
-LONGEST: Final = 15.0
+LONGEST: Final = 5.0
 
 
 class Backoff:

@@ -20,6 +20,7 @@ from fsllm_common.identity.credentials import CHANNEL_OPTIONS, enrollment_channe
 from fsllm_common.identity.join import JoinFile, read_join_file, token_identifier
 from fsllm_common.identity.keys import (
     Credential,
+    accept_chain,
     check_credential,
     load_credential,
     make_key,
@@ -35,6 +36,9 @@ log = get_logger()
 REDEEM_SECONDS: Final = 20.0
 _LONGEST_SLEEP: Final = 600.0
 """Seconds. A host that was suspended finds out so soon that a renewal is due."""
+
+_LEAST_SLEEP: Final = 60.0
+"""Seconds between two renewals, or a third of a life that is shorter than three minutes."""
 
 _JOINED: Final = "joined.json"
 _PENDING: Final = "pending.{}.key"
@@ -102,8 +106,7 @@ async def enroll(folder: Path, server: str, join: JoinFile) -> Credential:
             if known.reason == "SERVER_UNREACHABLE":
                 known = await diagnose(address, authority) or known
             raise known from error
-    credential = Credential(key, answer.certificate_chain, authority)
-    check_credential(credential)
+    credential = accept_chain(key, answer.certificate_chain, authority)
     member = credential.member
     if (member.federation, member.role, member.name) != (join.federation, join.role, join.name):
         raise FsllmError(
@@ -152,6 +155,9 @@ async def keep_renewed(link: Link, folder: Path, metrics: ClientMetrics) -> None
             await asyncio.sleep(wait)
         else:
             backoff.reset()
+            # A very short life, counted from its backdated beginning, is due for renewal when it begins.
+            left = (link.credential.certificate.not_after - datetime.now(UTC)).total_seconds()
+            await asyncio.sleep(min(_LEAST_SLEEP, left / 3))
 
 
 async def renew(link: Link, folder: Path) -> None:
@@ -167,8 +173,7 @@ async def renew(link: Link, folder: Path) -> None:
         answer = await link.stub.Renew(RenewRequest(csr=make_request(key)), timeout=REDEEM_SECONDS)
     except grpc.aio.AioRpcError as error:
         raise error_from(error, link.server) from error
-    credential = Credential(key, answer.certificate_chain, old.authority)
-    check_credential(credential)
+    credential = accept_chain(key, answer.certificate_chain, old.authority)
     if credential.certificate.uri != old.certificate.uri:
         raise FsllmError(
             "CERTIFICATE_UNTRUSTED", f"The server renewed {old.certificate.uri} as {credential.certificate.uri}"

@@ -150,8 +150,8 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 def initial_adapter(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], str]:
     """Return version 0 of the adapter (float32, on CPU) and its configuration as JSON.
 
-    The same bits on every site: drawn on CPU in float32 from the plan's seed, whatever device, precision, ZeRO stage and
-    number of ranks the site trains with.
+    The same bits on every site: drawn on CPU in float32 from the plan's seed, whatever device, precision, ZeRO stage
+    and number of ranks the site trains with.
 
     Args:
         plan: The run's plan.
@@ -185,7 +185,7 @@ def _exact_magnitudes(model: PeftModel) -> None:
 
 
 def config_json(plan: Plan, model: PeftModel) -> str:
-    """Return the adapter's PEFT configuration as JSON: keys and sets sorted, and the model's name instead of the site's path."""
+    """Return the adapter's PEFT configuration as JSON: keys and sets sorted, the model's name for the site's path."""
     config: dict[str, Any] = model.active_peft_config.to_dict()
     config.update(base_model_name_or_path=plan.model.name, inference_mode=True, revision=None)
     return json.dumps(config, sort_keys=True, default=_plain)

@@ -31,7 +31,7 @@ def check_folder(folder: Path) -> None:
         raise ModelUnusable(
             "MODEL_MISSING",
             f"the model folder {folder} has no *.safetensors{other}",
-            cure="Save the model as safetensors, e.g. with save_pretrained, into the folder that the site's policy names.",
+            cure="Save the model as safetensors (save_pretrained does) in the folder that the site's policy names.",
         )
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelUnusable(
@@ -61,7 +61,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model on to the CPU (or partitioned, when ZeRO-3's configuration is announced).
 
     Raises:
-        ModelUnusable: MODEL_UNSUITABLE when transformers can not read it as a causal language model, or a weight is missing.
+        ModelUnusable: MODEL_UNSUITABLE when transformers can not read it as a causal language model, or a weight is
+            missing.
 
     """
     from transformers import AutoModelForCausalLM

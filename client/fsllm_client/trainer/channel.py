@@ -15,7 +15,7 @@ Work = Prepare | Build | Train | Evaluate | Account
 
 
 class Channel:
-    """Connects to the daemon. A thread reads, so that the daemon's death and ``Cancel`` are seen in the midst of an order."""
+    """Connects to the daemon. A thread reads, so that its death and ``Cancel`` are seen in the midst of an order."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

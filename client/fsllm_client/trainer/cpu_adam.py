@@ -1,8 +1,8 @@
 """Build DeepSpeed's CPU Adam before it is needed: ``python -m fsllm_client.trainer.cpu_adam``.
 
-DeepSpeed compiles it on first use, which takes minutes of silence; on a host without a GPU it compiles its shared-memory
-collectives too. And a build that is killed leaves a file ``lock`` behind, for which every later process waits for ever without
-a word (torch.utils.file_baton): so a lock that no live process holds is cleared, and said to be.
+DeepSpeed compiles it on first use, which takes minutes of silence; on a host without a GPU it compiles its
+shared-memory collectives too. And a build that is killed leaves a file ``lock`` behind, for which every later process
+waits for ever without a word (torch.utils.file_baton): so a lock that no live process holds is cleared, and said to be.
 """
 
 import logging
@@ -72,7 +72,7 @@ def build() -> None:
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         raise SettingsInvalid(
             f"DeepSpeed's operators can not be compiled under {extensions}: {str(error).splitlines()[0]}",
-            cure="Install a C++ compiler (g++) and ninja, and run `python -m fsllm_client.trainer.cpu_adam` to see it work.",
+            cure="Install g++ and ninja, and try again with `python -m fsllm_client.trainer.cpu_adam`.",
         ) from error
 
 

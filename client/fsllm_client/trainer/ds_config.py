@@ -75,8 +75,8 @@ def deepspeed_config(
         plan: The run's plan.
         world: How many ranks train together.
         device: Without a GPU the optimizer is always offloaded: the other Adam there is slow and compiled anew.
-        clip: Whether DeepSpeed clips the gradient. A rule that changes gradients after the backward pass needs the trainer
-            to clip, since with offload DeepSpeed takes the norm during the backward pass.
+        clip: Whether DeepSpeed clips the gradient. A rule that changes gradients after the backward pass needs the
+            trainer to clip, since with offload DeepSpeed takes the norm during the backward pass.
         site: The site's own JSON (``site_config``), replacing the plan's ``deepspeed`` section.
 
     """

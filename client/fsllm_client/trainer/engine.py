@@ -1,16 +1,19 @@
 """The DeepSpeed engine of a run: a PEFT model under ZeRO 1, 2 or 3, whose adapter can be written, read and trained.
 
-It is made once and reused by every round. What fails in silence here, and is therefore done by this file and nowhere else:
+It is made once and reused by every round. What fails in silence here, and is therefore done by this file and nowhere
+else:
 
-- ``safe_set_full_fp32_param`` alone sets the float32 masters and leaves the forward pass on the old adapter until the next
-  step; setting only the parameters is undone by the next step. ``write_adapter`` sets both.
+- ``safe_set_full_fp32_param`` alone sets the float32 masters and leaves the forward pass on the old adapter until the
+  next step; setting only the parameters is undone by the next step. ``write_adapter`` sets both.
 - Under ZeRO-3 parameters hold no elements outside of the forward pass: ``read_adapter`` gathers the masters.
-- DeepSpeed's ``safe_set_full_*`` under ZeRO-3 fail for a tensor that the ranks do not divide evenly: ``_set_local`` pads.
-- With an offloaded optimizer DeepSpeed takes the gradient's norm during the backward pass, so that clipping would not see
-  what a rule changes afterwards: with such a rule the norm and the clipping are ours.
-- A forward pass that does not go through DeepSpeed's engine lets ZeRO-3 forget the gradients of all passes but the last of
-  a step: training calls ``forward``.
-- Making the ZeRO optimizer takes a step of its own: its moments and step count are set back before the first round.
+- DeepSpeed's ``safe_set_full_*`` fail under ZeRO-3 for a tensor that the ranks do not divide evenly: ``_set_local``
+  pads.
+- With an offloaded optimizer DeepSpeed takes the gradient's norm during the backward pass, so that clipping would not
+  see what a rule changes afterwards: with such a rule the norm and the clipping are ours.
+- A forward pass that does not go through DeepSpeed's engine lets ZeRO-3 forget the gradients of all passes but the last
+  of a step: training calls ``forward``.
+- The optimizer has no state before its first step (in some versions of DeepSpeed, one step's worth):
+  ``write_optimizer`` and the constructor see to both.
 """
 
 from __future__ import annotations
@@ -63,8 +66,8 @@ class Engine:
         self.parameters = dict(parameters)
         self._clips_itself = config["gradient_clipping"] == 0 and plan.train.max_grad_norm > 0
         if plan.train.gradient_checkpointing:
-            # ZeRO-3 frees parameters between forward and backward, which only the reentrant kind tolerates; and that kind
-            # needs an input that wants a gradient, which a frozen embedding does not give by itself.
+            # ZeRO-3 frees parameters between forward and backward, which only the reentrant kind tolerates; and that
+            # kind needs an input that wants a gradient, which a frozen embedding does not give by itself.
             reentrant = self.stage == 3
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             if reentrant:
@@ -81,7 +84,7 @@ class Engine:
 
     @property
     def model(self) -> PeftModel:
-        """The PEFT model, to measure with. Call it on every rank: under ZeRO-3 a forward pass gathers parameters from all."""
+        """The PEFT model, to measure with. Call it on every rank: under ZeRO-3 a forward pass is everyone's."""
         model: PeftModel = self._engine.module
         return model
 
@@ -166,7 +169,7 @@ class Engine:
                     state[key] = 0
 
     def read_optimizer(self) -> dict[str, torch.Tensor]:
-        """Return the optimizer's state, whole, on CPU: ``moment/tensor`` by name, and ``step``. Call it on every rank."""
+        """Return the optimizer's state, whole, on CPU: each ``moment/name``, and ``step``. Call it on every rank."""
         import torch
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -186,6 +189,8 @@ class Engine:
 
         if self.plan.train.optimizer == "sgd":
             return
+        if not self._optimizer.optimizer.state:
+            self._step_on_the_spot()
         with torch.no_grad():
             for moment in _MOMENTS:
                 for name, parameter in self.parameters.items():
@@ -196,6 +201,14 @@ class Engine:
                 state["step"].fill_(step)
             elif "step" in state:
                 state["step"] = step
+
+    def _step_on_the_spot(self) -> None:
+        """Take a step that moves nothing, after which the optimizer has a state to be set."""
+        import torch
+
+        self.set_learning_rate(0.0)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        self.step([lambda: self.forward(input_ids=ids, use_cache=False).logits.sum() * 0.0] * self.passes)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the steps to come."""
@@ -219,8 +232,8 @@ class Engine:
             after_step: Changes each parameter after the step.
 
         Returns:
-            The norm before clipping; infinite or NaN when some gradient is. The step is then taken none the less (so that the
-            engine is left at a step's end), and the adapter and the optimizer hold nothing of use.
+            The norm before clipping; infinite or NaN when some gradient is. The step is then taken none the less (so
+            that the engine is left at a step's end), and the adapter and the optimizer hold nothing of use.
 
         """
         for loss in losses:

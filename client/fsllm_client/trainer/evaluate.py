@@ -1,7 +1,7 @@
 """Measuring an adapter: loss over answer tokens, perplexity, and exact match of greedy answers.
 
-Runs on every rank (under ZeRO-3 a forward pass is everyone's), each with its share of the batches; packing is off. Nothing that
-training uses is touched: no random number is drawn, and the optimizer's state is not looked at.
+Runs on every rank (under ZeRO-3 a forward pass is everyone's), each with its share of the batches; packing is off.
+Nothing that training uses is touched: no random number is drawn, and the optimizer's state is not looked at.
 """
 
 from __future__ import annotations

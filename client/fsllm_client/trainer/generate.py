@@ -1,8 +1,8 @@
 """Greedy answers, batched, with a key-value cache.
 
-Written out rather than left to ``generate``: that takes sampling settings from the model's folder, and with virtual tokens
-its padding moves the text away from them. Here prompts are padded at the left with positions to match, and with virtual tokens
-a batch holds prompts of one length, which need no padding.
+Written out rather than left to ``generate``: that takes sampling settings from the model's folder, and with virtual
+tokens its padding moves the text away from them. Here prompts are padded at the left with positions to match, and with
+virtual tokens a batch holds prompts of one length, which need no padding.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def greedy(
         ends: Token ids that end an answer.
         pad: The id to pad with.
         device: Where the model is.
-        all_done: Tells whether every rank is done, when asked on every rank: under ZeRO-3 each forward pass is everyone's.
+        all_done: Tells whether every rank is done, when asked on every rank: under ZeRO-3 each forward pass is
+            everyone's.
 
     """
     import torch

@@ -42,6 +42,8 @@ def environment(
         # Nothing is fetched, and nothing imported from the folder the worker runs in.
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
+        # Nothing here is compiled by torch, and only to import its compiler takes 2 s.
+        "TORCHDYNAMO_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "OMP_NUM_THREADS": str(threads or share),
         # Spinning threads make steps ten times slower when several workers share cores.

@@ -56,12 +56,12 @@ def train_round(
 ) -> Trained:
     """Train ``steps`` optimizer steps from ``base``. Call it on every rank.
 
-    The optimizer's state is the caller's concern. Dropout is seeded from the plan's seed, the round and the rank: a round that
-    is trained again gives the same delta, and no generator's state need be kept.
+    The optimizer's state is the caller's concern. Dropout is seeded from the plan's seed, the round and the rank: a
+    round that is trained again gives the same delta, and no generator's state need be kept.
 
     Raises:
-        TrainingFailed: LOSS_NOT_FINITE, when loss or gradient is NaN or Inf. The adapter and the optimizer are then spoilt:
-            write the one and reset the other before the engine is used again.
+        TrainingFailed: LOSS_NOT_FINITE, when loss or gradient is NaN or Inf. The adapter and the optimizer are then
+            spoilt: write the one and reset the other before the engine is used again.
         FsllmError: ORDER_UNKNOWN, when cancelled.
 
     """

@@ -1,8 +1,9 @@
 """The optimizer's state kept from round to round (plan: ``train.optimizer_state: keep``), durable at the site.
 
-A file a round: a round that is trained again, after a crash between training and delivery, starts from the state of the round
-before it and so gives the same delta. The file holds whole tensors by name, so it fits any ZeRO stage and number of ranks.
-No random number generator is kept: a round's randomness follows from the plan's seed, the round and the rank (``loop``).
+A file a round: a round that is trained again, after a crash between training and delivery, starts from the state of the
+round before it and so gives the same delta, to the rounding of CPU Adam's powers of beta. The file holds whole tensors
+by name, so it fits any ZeRO stage and number of ranks. No random number generator is kept: a round's randomness follows
+from the plan's seed, the round and the rank (``loop``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _KEPT = 2
 
 
 def load_before(folder: Path, round_number: int, engine: Engine) -> bool:
-    """Give the engine the newest state of a round before ``round_number``, or a fresh one. Tell whether there was any."""
+    """Give the engine the newest state of an earlier round, or a fresh one. Tell whether there was any."""
     earlier = [number for number in _rounds(folder) if number < round_number]
     if not earlier:
         engine.reset_optimizer()

@@ -75,7 +75,7 @@ class Account(Message):
 
 
 class Cancel(Message):
-    """Give up the order in hand at its next step, with ``ORDER_UNKNOWN``; what is loaded stays. No answer of its own."""
+    """Give up the order in hand at its next step, with ``ORDER_UNKNOWN``. Has no answer of its own."""
 
     kind: Literal["cancel"] = "cancel"
 
@@ -115,11 +115,12 @@ class Advanced(Message):
 class Finished(Message):
     """The order is done. What ``counts`` and ``metrics`` hold depends on the order.
 
-    ``prepare``: counts train_rows, validation_rows, skipped_rows and the like, sequences, parameters (trainable), ranks, and
-    notes for the log. ``build``: counts parameters. ``train``: counts examples (the site's training rows: FedAvg's n_k),
+    ``prepare``: counts train_rows, validation_rows, skipped_rows and the like, sequences, parameters (trainable),
+    ranks, and notes for the log. ``build``: counts parameters. ``train``: counts examples (the site's training rows,
+    FedAvg's n_k),
     tokens (answer tokens trained on), steps; metrics train_loss, tokens_per_second, seconds, learning_rate,
-    gpu_memory_bytes (0 without a GPU). ``evaluate``: metrics loss, perplexity, exact_match as the plan wants (none of those
-    without rows to measure on), seconds; counts examples and tokens behind the loss, answers behind exact_match.
+    gpu_memory_bytes (0 without a GPU). ``evaluate``: metrics loss, perplexity, exact_match as the plan wants (none of
+    those without rows to measure on), seconds; counts examples and tokens behind the loss, answers behind exact_match.
     ``account``: metrics epsilon.
     """
 

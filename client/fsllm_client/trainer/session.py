@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from fsllm_common.errors import FsllmError, PlanInvalid, TrainingFailed
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from fsllm_client.data.batches import Row
     from fsllm_client.data.site_data import SiteData
@@ -133,7 +134,8 @@ class Session:
         if config["zero_optimization"].get("offload_optimizer") and plan.train.optimizer == "adamw":
             build()
         dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
-        model = attach(plan, _load_partitioned(order, dtype, config))
+        with _announced(config):
+            model = attach(plan, load_model(order.model, dtype))
         return Engine(model, adapter_parameters(model), plan, config, group.device)
 
     # The other orders.
@@ -238,17 +240,19 @@ class Session:
         return tensors
 
 
-def _load_partitioned(order: Prepare, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """Load the base model; under ZeRO-3 each weight is cut up between the ranks as it is read."""
+@contextlib.contextmanager
+def _announced(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, have transformers cut up each weight as it is read, and PEFT gather those it looks at."""
     if config["zero_optimization"]["stage"] < 3:
-        return load_model(order.model, dtype)
+        yield
+        return
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # transformers looks for a living object of this kind, and would go on to cut up every model after this one.
-    announced = HfDeepSpeedConfig(config)
+    announced = HfDeepSpeedConfig(config)  # it holds for as long as it lives
     try:
-        return load_model(order.model, dtype)
+        yield
     finally:
+        # Or the model that builds an adapter's first version would be cut up too.
         unset_hf_deepspeed_config()
         del announced
 

@@ -1,8 +1,8 @@
 """The daemon's side of the trainer: starts the worker's process group, gives it orders, and outlives it.
 
-No torch here, and no fork without exec: the group is exec'ed in a session of its own, and speaks over a Unix socket in a folder
-that only this user can enter. When a rank dies, runs out of memory or is killed, ``run`` raises ``TrainingFailed``; the next
-``run`` starts a new group and prepares it again.
+No torch here, and no fork without exec: the group is exec'ed in a session of its own, and speaks over a Unix socket in
+a folder that only this user can enter. When a rank dies, runs out of memory or is killed, ``run`` raises
+``TrainingFailed``; the next ``run`` starts a new group and prepares it again.
 """
 
 import asyncio
@@ -160,8 +160,8 @@ class Trainer:
     async def run(self, order: Work, on_progress: Callable[[Advanced], None] | None = None) -> Finished:
         """Carry out an order, starting the worker first, and preparing it again, when it has died since.
 
-        Preparing for what is prepared already returns at once; for another run, the worker is replaced by a new one. When the
-        awaiting task is cancelled, so is the order, and the worker stays.
+        Preparing for what is prepared already returns at once; for another run, the worker is replaced by a new one.
+        When the awaiting task is cancelled, so is the order, and the worker stays.
 
         Raises:
             TrainingFailed: WORKER_DIED or OUT_OF_MEMORY, then the worker is gone; LOSS_NOT_FINITE, then it goes on.

@@ -1,7 +1,7 @@
 """FedAvg (McMahan et al. 2017, arXiv 1602.05629), on deltas: x <- x + rate x sum_k p_k delta_k.
 
-The weighting decides p_k: by examples (the paper's), by answer tokens, uniform, or examples capped so that no site drowns
-the others.
+The weighting decides p_k: by examples (the paper's), by answer tokens, uniform, or examples capped so that no site
+drowns the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): FedAvg whose local loss has mu/2 |y - x|^2 added.
 
-The term is added to the gradient, as mu (y - x), rather than to the loss: it is the same step, costs no graph, and works
-under every ZeRO stage (under ZeRO-3 a loss can not even see the parameters).
+The term is added to the gradient, as mu (y - x), rather than to the loss: it is the same step, costs no graph, and
+works under every ZeRO stage (under ZeRO-3 a loss can not even see the parameters).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Both halves of a method stand in one file of this package (or of a third party's, registered under the entry point group
 ``fsllm.algorithms``). The names of the server half are the paper's (FederatedScope-LLM, arXiv 2309.00363): ``prepare``,
-``broadcast`` (done by the engine from what ``prepare`` returns), ``aggregate`` (``weigh`` and ``apply`` around the engine's reducer)
-and ``redistribute``.
+``broadcast`` (done by the engine from what ``prepare`` returns), ``aggregate`` (``weigh`` and ``apply`` around the
+engine's reducer) and ``redistribute``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Update:
 class LocalRule:
     """The client half. The base class is plain local training; a method overrides the hooks it needs.
 
-    One object lives from ``receive`` to ``produce`` of one round, in every rank. Tensors are the adapter's trainable ones by
-    their PEFT state-dict names, whole, in float32, whatever precision and ZeRO stage the site trains with. The trainer gathers
-    them only for a rule that overrides the hook, and calls every hook on every rank with the same values.
+    One object lives from ``receive`` to ``produce`` of one round, in every rank. Tensors are the adapter's trainable
+    ones by their PEFT state-dict names, whole, in float32, whatever precision and ZeRO stage the site trains with. The
+    trainer gathers them only for a rule that overrides the hook, and calls every hook on every rank with the same
+    values.
     """
 
     def __init__(self, plan: Plan) -> None:

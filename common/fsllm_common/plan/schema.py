@@ -1,8 +1,8 @@
 """A run's plan: everything that the sites and the server must agree on before the first round.
 
-A plan is a YAML, TOML or JSON file with the keys below. Unknown keys are refused. Every key but ``name`` and ``model`` has
-a default. What a site must decide alone (where models lie, which noise is the least, its GPUs) is in the site's policy
-and settings, not here.
+A plan is a YAML, TOML or JSON file with the keys below. Unknown keys are refused. Every key but ``name`` and ``model``
+has a default. What a site must decide alone (where models lie, which noise is the least, its GPUs) is in the site's
+policy and settings, not here.
 """
 
 from typing import Annotated, Literal
@@ -74,7 +74,9 @@ class Cohort(Section):
 
     sites: tuple[str, ...] | None = Field(default=None, description="Only these sites; unset: every enrolled site.")
     quorum: PositiveInt = Field(default=2, description="The fewest updates that make a round.")
-    size: PositiveInt | None = Field(default=None, description="Updates wanted a round; unset: from all that are ready.")
+    size: PositiveInt | None = Field(
+        default=None, description="Updates wanted a round; unset: from all that are ready."
+    )
     over_selection: float = Field(
         default=1.0, ge=1, le=4, description="Ask size x this many sites; the first `size` updates make the round."
     )
@@ -103,7 +105,9 @@ class Train(Section):
     """Local training in one round."""
 
     steps: PositiveInt | None = Field(default=30, description="Optimizer steps a round; unset: use epochs.")
-    epochs: PositiveFloat | None = Field(default=None, description="Passes over the site's data a round; needs steps: null.")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="Passes over the site's data a round; needs steps: null."
+    )
     batch_size: PositiveInt = Field(default=16, description="Sequences a step, over all ranks and accumulation.")
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="Sequences a forward pass on one rank; the rest is accumulated. Unset: as one pass."

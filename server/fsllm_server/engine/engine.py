@@ -12,7 +12,6 @@ from fsllm.v1 import control_pb2, federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, PlanInvalid, Refused
 from fsllm_common.plan import Plan, canonical_json
-from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.engine import views
 from fsllm_server.engine.events import (
@@ -37,8 +36,6 @@ from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.database import Database
 from fsllm_server.store.events import Entry, EventLog, RunRecord
 from fsllm_server.store.spools import Spools, VerifiedSpool
-
-log = get_logger()
 
 __all__ = ["Engine", "Expected", "Session"]
 

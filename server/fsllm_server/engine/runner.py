@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -86,7 +87,8 @@ class Runner:
         """Begin to take events, unless the run has ended."""
         if not self.run.status.ended:
             self._idle.follow(self.run.orders.values())
-            self._task = asyncio.create_task(self._take_events(), name=f"run {self.run.id}")
+            # A context of its own: the submitter's names must not stand in every later line of the run's log.
+            self._task = asyncio.create_task(self._take_events(), name=f"run {self.run.id}", context=Context())
 
     def post(self, event: Event) -> None:
         """Put an event in the queue; it will be recorded, however long that takes."""

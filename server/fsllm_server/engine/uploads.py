@@ -9,7 +9,8 @@ from typing import Final
 from fsllm.v1 import federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, Refused, UpdateRejected
-from fsllm_common.tensors.manifest import WIRE_TYPES, compatible, validate
+from fsllm_common.pipeline import largest_norm
+from fsllm_common.tensors.manifest import WIRE_TYPES, compatible, element_count, validate
 from fsllm_server.engine import core, events, views
 from fsllm_server.engine.runner import Runner
 from fsllm_server.engine.state import Run
@@ -67,7 +68,8 @@ class Uploads:
             compatible(manifest, base, WIRE_TYPES[run.plan.wire.element_type])
         else:
             _check_version_zero(manifest)
-        max_norm = run.plan.wire.max_update_norm if order.base is not None else None
+        elements = sum(element_count(spec) for spec in manifest.tensors)
+        max_norm = largest_norm(run.plan, elements) if order.base is not None else None
         return Expected(run.id, begin.round, member, manifest, max_norm, begin)
 
     def receipt(self, run: Run, member: str, round_: int, digest: bytes) -> federation_pb2.Receipt | None:

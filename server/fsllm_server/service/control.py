@@ -114,7 +114,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         """Send a committed version."""
         number = request.version if request.HasField("version") else None
         stored = self._engine.version(request.run_id, number)
-        return send_version(stored)
+        return send_version(stored, request.offset)
 
     # Members.
 

@@ -1,11 +1,13 @@
 """The enrolment port: it does nothing but redeem join tokens."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from fsllm.v1 import enrollment_pb2, enrollment_pb2_grpc
 from fsllm_common.errors import FsllmError
 from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.keys import request_fingerprint
+from fsllm_common.identity.names import Role
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.service.boundary import Context
@@ -18,11 +20,15 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
     """Gives a newcomer its first certificate. The identity comes from the token's record."""
 
     def __init__(
-        self, authority: CertificateAuthority, invites: Invites, certificate_life: timedelta, metrics: ServerMetrics
+        self,
+        authority: CertificateAuthority,
+        invites: Invites,
+        life_of: Callable[[Role], timedelta],
+        metrics: ServerMetrics,
     ) -> None:
         self._authority = authority
         self._invites = invites
-        self._life = certificate_life
+        self._life_of = life_of
         self._metrics = metrics
 
     async def Redeem(  # noqa: N802 - the contract's
@@ -44,7 +50,7 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
         key = request_fingerprint(csr)
         member, chain = await self._invites.find(token, key)
         if chain is None:
-            chain = self._authority.issue(csr, member, self._life)
+            chain = self._authority.issue(csr, member, self._life_of(member.role))
             await self._invites.redeem(token, key, member, chain)
             log.info("enrolled", member=member.name, role=str(member.role))
         return chain

@@ -1,7 +1,7 @@
 """The members' service: Attach, Download, Upload, UploadStatus, Renew."""
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
 
@@ -10,6 +10,7 @@ import grpc
 from fsllm.v1 import federation_pb2, federation_pb2_grpc
 from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.keys import Certificate
+from fsllm_common.identity.names import Role
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.engine.engine import Engine
@@ -37,7 +38,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         uploads: Uploads,
         members: Members,
         authority: CertificateAuthority,
-        certificate_life: timedelta,
+        life_of: Callable[[Role], timedelta],
         metrics: ServerMetrics,
     ) -> None:
         self._engine = engine
@@ -45,7 +46,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         self._uploads = uploads
         self._members = members
         self._authority = authority
-        self._life = certificate_life
+        self._life_of = life_of
         self._metrics = metrics
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -102,7 +103,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
     async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.RenewResponse:
         """Give the caller its next certificate."""
         member = caller()
-        chain = self._authority.issue(request.csr, member, self._life)
+        chain = self._authority.issue(request.csr, member, self._life_of(member.role))
         await self._members.renew(member, Certificate.parse(chain))
         log.info("certificate renewed")
         return federation_pb2.RenewResponse(certificate_chain=chain)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fsllm_common.errors import FsllmError, SettingsInvalid, Unavailable
@@ -86,10 +86,10 @@ class Database:
         try:
             with self.engine.begin() as connection:
                 return work(connection)
-        except DatabaseError as error:
+        except DBAPIError as error:
             raise self._explained(error) from error
 
-    def _explained(self, error: DatabaseError) -> Exception:
+    def _explained(self, error: DBAPIError) -> Exception:
         """Return our error for one of the database's, or the error itself when it is a caller's own (a constraint)."""
         where = _shown(self._url)
         said = str(error.orig)
@@ -97,8 +97,10 @@ class Database:
             return Unavailable("DISK_FULL", f"no space left for the database {where}", retry_after=30)
         if "malformed" in said or "not a database" in said or "disk I/O error" in said:
             return FsllmError("STATE_CORRUPT", f"database {where}: {said}")
-        if isinstance(error, OperationalError):
-            return Unavailable("STATE_CORRUPT", f"database {where}: {said}", cure="Check the database and its folder.")
+        if isinstance(error, OperationalError | InterfaceError):
+            return Unavailable(
+                "STATE_CORRUPT", f"database {where}: {said}", cure="Check that the database is up and may be written."
+            )
         return error
 
     def _upgrade(self) -> None:

@@ -1,0 +1,229 @@
+"""What an order does at the site: the outbox before the ledger, the ledger before the upload, nothing twice."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from fsllm.v1.federation_pb2 import ORDER_KIND_EVALUATE, ORDER_KIND_TRAIN, Order, OrderKind, Progress, Receipt, Version
+from fsllm_client.link.download import CachedVersion
+from fsllm_client.reporting import Label, Reporter, Silent
+from fsllm_client.site.ledger import Ledger
+from fsllm_client.site.outbox import Parcel
+from fsllm_client.site.policy import Policy
+from fsllm_client.site.privacy import PrivacyBudget
+from fsllm_client.site.state import StateFolder
+from fsllm_client.trainer.orders import Account, Advanced, Evaluate, Finished, Train
+from fsllm_client.work import Job, Means, Member, Work
+from fsllm_common.accounting.budget import epsilon_of
+from fsllm_common.errors import FsllmError, PolicyRefused, Refused, TrainingFailed, Unavailable
+from fsllm_common.plan import Plan, canonical_json
+from fsllm_common.telemetry.metrics import ClientMetrics
+from fsllm_common.tensors.arrays import encode, load_arrays, save_arrays
+from fsllm_common.tensors.manifest import WIRE_TYPES
+
+NOISE = [{"stage": "clip", "norm": 0.5}, {"stage": "noise", "multiplier": 2.0, "delta": 1e-5}]
+
+
+class FakeTrainer:
+    """Writes a delta as long as it is allowed to train."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+        self.fails: FsllmError | None = None
+
+    async def run(self, order: object, on_progress: Callable[[Advanced], None] | None = None) -> Finished:
+        match order:
+            case Train(base=base, delta=delta, round=round_):
+                if self.fails is not None:
+                    raise self.fails
+                self.trained += 1
+                # The base as the trainer sees it: float32, by name.
+                save_arrays({name: np.full_like(array, round_) for name, array in load_arrays(base).items()}, delta)
+                counts = {"examples": 7, "tokens": 70, "steps": 3}
+                return Finished(counts=counts, metrics={"train_loss": 1.5, "tokens_per_second": 9.0})
+            case Account(multiplier=multiplier, releases=releases, delta=delta_):
+                return Finished(metrics={"epsilon": epsilon_of(multiplier, releases, delta_)})
+            case Evaluate():
+                return Finished(metrics={"loss": 2.0, "perplexity": 7.4}, counts={"examples": 5, "tokens": 50})
+        raise AssertionError(order)
+
+
+class Site:
+    """One site's work with everything real but the trainer and the wire."""
+
+    def __init__(self, root: Path, policy: str = "", **plan: object) -> None:
+        self.root = root
+        self.trainer = FakeTrainer()
+        self.sent: list[Parcel] = []
+        self.payloads: list[bytes] = []
+        self.refusal: FsllmError | None = None
+        self.state = StateFolder(root / "state")
+        model = root / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text("{}")
+        self.state.policy.write_text(f'[models]\nm = "{model}"\n{policy}')
+        keys = {"algorithm": {"weighting": "uniform"}, "wire": {"element_type": "fp32"}, **plan}
+        self.plan = Plan.model_validate({"name": "p", "rounds": 3, "model": {"name": "m"}, **keys})
+        arrays = {"x.lora_A.weight": np.ones((2, 3), np.float32)}
+        payload = root / "base"
+        self.base = CachedVersion(encode(arrays, WIRE_TYPES["fp32"], payload), payload)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new process over the same folder."""
+        self.work = Work(
+            Means(Member("a", "site"), self.root, None, trainer_installed=True, state=self.state),
+            cast("Any", self),
+            cast("Any", self),
+            cast("Any", self),
+            PrivacyBudget(Ledger(self.state.ledger)),
+            ClientMetrics(),
+        )
+
+    # The downloader, the uploader, the workshop.
+
+    async def fetch(self, run_id: str, digest: bytes, advance: object) -> CachedVersion:
+        assert (run_id, digest) == ("r", self.base.manifest.digest)
+        return self.base
+
+    async def deliver(self, parcel: Parcel, advance: object) -> Receipt:
+        self.ledger_at_upload = self.releases()
+        if self.refusal is not None:
+            raise self.refusal
+        self.sent.append(parcel)
+        self.payloads.append(parcel.payload.read_bytes())
+        return Receipt(digest=parcel.digest, payload_bytes=parcel.begin.manifest.payload_bytes)
+
+    @asynccontextmanager
+    async def prepared(self, prepare: object, on_progress: object) -> AsyncIterator[FakeTrainer]:
+        yield self.trainer
+
+    async def do(self, round_: int = 1, order_id: str = "o1", kind: OrderKind = ORDER_KIND_TRAIN) -> list[Any] | None:
+        base = Version(number=round_ - 1, digest=self.base.manifest.digest)
+        order = Order(order_id=order_id, run_id="r", round=round_, kind=kind, plan=canonical_json(self.plan), base=base)
+        sent: list[Progress] = []
+        reporter = Reporter(Label(order_id, "p", round_, "train"), sent.append, Silent(), loss_may_leave=True)
+        return await self.work.do(Job(order, self.plan, Policy.read(self.state.policy), reporter))
+
+    def releases(self) -> list[tuple[int, str]]:
+        try:
+            lines = self.state.ledger.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [(release["round"], release["digest"]) for release in map(json.loads, lines)]
+
+
+async def test_a_delta_is_trained_announced_and_leaves_the_outbox_with_its_receipt(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    assert await site.do(2) is None
+    (parcel,) = site.sent
+    begin = parcel.begin
+    assert (begin.order_id, begin.run_id, begin.round) == ("o1", "r", 2)
+    assert begin.base_digest == site.base.manifest.digest
+    assert (begin.examples, begin.tokens, begin.steps) == (7, 70, 3)
+    assert {metric.name for metric in begin.metrics} == {"train_loss", "tokens_per_second"}
+    assert np.frombuffer(site.payloads[0], "<f4").tolist() == [2.0] * 6
+    assert list(site.state.outbox.iterdir()) == []
+    assert not list(site.state.trainer.glob("*.delta*"))
+
+
+@pytest.mark.parametrize("stages", [(), NOISE])
+async def test_an_upload_that_was_cut_off_is_sent_again_not_trained_again(tmp_path: Path, stages: object) -> None:
+    site = Site(tmp_path, pipeline=stages)
+    site.refusal = Unavailable("SERVER_UNREACHABLE", "away")
+    with pytest.raises(Unavailable):
+        await site.do(1, "o1")
+    (folder,) = site.state.outbox.iterdir()
+    kept = (folder / "payload").read_bytes()
+    site.refusal = None
+    site.restart()
+    await site.do(1, "o2")
+    assert site.trainer.trained == 1
+    assert site.payloads == [kept]
+    assert site.sent[0].begin.order_id == "o2", "under the order that asks now"
+    assert len(site.releases()) == (1 if stages else 0)
+
+
+async def test_the_ledger_holds_the_release_before_it_leaves_and_holds_it_once(tmp_path: Path) -> None:
+    site = Site(tmp_path, pipeline=NOISE)
+    for round_ in (1, 2):
+        await site.do(round_)
+        assert site.ledger_at_upload[-1] == (round_, site.sent[-1].digest.hex())
+    assert [round_ for round_, _ in site.releases()] == [1, 2]
+    begin = site.sent[1].begin
+    metrics = {metric.name: metric.value for metric in begin.metrics}
+    assert metrics["epsilon"] == pytest.approx(epsilon_of(2.0, 2, 1e-5))
+    assert not {"train_loss", "delta_norm"} & set(metrics)
+    assert (begin.examples, begin.tokens) == (0, 0), "exact counts are not covered by the noise"
+
+
+async def test_a_crash_between_the_outbox_and_the_ledger_hides_no_release(tmp_path: Path) -> None:
+    site = Site(tmp_path, pipeline=NOISE)
+    site.refusal = Unavailable("SERVER_UNREACHABLE", "away")
+    with pytest.raises(Unavailable):
+        await site.do()
+    site.state.ledger.unlink()
+    site.refusal = None
+    site.restart()
+    await site.do()
+    assert site.releases() == [(1, site.sent[0].digest.hex())]
+
+
+async def test_the_budget_is_asked_before_training(tmp_path: Path) -> None:
+    bound = epsilon_of(2.0, 1, 1e-5) + 1e-6
+    site = Site(tmp_path, f"[privacy]\nmaximum_epsilon_per_run = {bound}\n", pipeline=NOISE)
+    await site.do(1)
+    with pytest.raises(PolicyRefused) as caught:
+        await site.do(2)
+    assert caught.value.reason == "BUDGET_SPENT"
+    assert site.trainer.trained == 1
+    assert len(site.releases()) == 1
+
+
+async def test_a_changed_policy_holds_for_the_next_round(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    await site.do(1)
+    site.state.policy.write_text(site.state.policy.read_text() + "[accept]\nmaximum_rounds = 2\n")
+    with pytest.raises(PolicyRefused, match="maximum_rounds = 2"):
+        await site.do(2)
+    assert site.trainer.trained == 1
+
+
+@pytest.mark.parametrize(("reason", "kept"), [("NOT_FINITE", 0), ("UPDATE_CONFLICT", 0), ("NOT_WANTED", 1)])
+async def test_what_nobody_can_use_leaves_the_outbox(tmp_path: Path, reason: str, kept: int) -> None:
+    site = Site(tmp_path)
+    site.refusal = Refused(reason, "no")
+    with pytest.raises(Refused):
+        await site.do(1)
+    assert len(list(site.state.outbox.iterdir())) == kept
+    # What was kept for a repeated round goes when the next one comes.
+    site.refusal = None
+    await site.do(2)
+    assert list(site.state.outbox.iterdir()) == []
+
+
+async def test_failed_training_leaves_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, pipeline=NOISE)
+    site.trainer.fails = TrainingFailed("LOSS_NOT_FINITE", "NaN")
+    with pytest.raises(TrainingFailed):
+        await site.do(1)
+    assert list(site.state.outbox.iterdir()) == []
+    assert site.releases() == []
+    assert site.sent == []
+
+
+async def test_an_evaluation_sends_what_the_policy_lets_leave(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    done = await site.do(1, kind=ORDER_KIND_EVALUATE)
+    assert done is not None
+    assert [(m.name, m.value, m.weight) for m in done] == [("loss", 2.0, 50.0), ("perplexity", 7.4, 50.0)]
+    (tmp_path / "shy").mkdir()
+    shy = Site(tmp_path / "shy", '[leave]\nmetrics = ["perplexity"]\n')
+    done = await shy.do(1, kind=ORDER_KIND_EVALUATE)
+    assert done is not None
+    assert [m.name for m in done] == ["perplexity"]
