@@ -1,7 +1,7 @@
 """Regenerate the committed protobuf code: ``python protos/generate.py [OUTPUT_DIR]``.
 
 The version of grpcio-tools that runs this sets the oldest grpcio and protobuf that can load the result, which is why
-the ``dev`` extra pins an old one. ``tests/contract/test_protos.py`` fails when the committed code is not what this makes.
+the ``dev`` extra pins an old one. ``tests/contract/test_protos.py`` fails when the committed code is another.
 """
 
 import sys

@@ -117,13 +117,9 @@ class Daemons:
                 )
 
 
-def environment_of_a_site(cores: int) -> dict[str, str]:
-    """Return the variables that let several training processes share ``cores`` cores in peace."""
+def daemon_environment() -> dict[str, str]:
+    """Return the variables by which the daemons find their commands and stay quiet in their logs."""
     return {
-        "OMP_NUM_THREADS": str(max(1, cores)),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }

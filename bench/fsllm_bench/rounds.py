@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fsllm_bench.daemons import Daemons, command, environment_of_a_site
+from fsllm_bench.daemons import Daemons, command, daemon_environment
 
 SIZES = (8, 64, 256)
 SITES = (2, 4, 8)
@@ -33,7 +33,7 @@ def federation(sites: int) -> Iterator[tuple[Path, int]]:
     with tempfile.TemporaryDirectory(prefix="fsllm-rounds-") as name:
         folder = Path(name)
         state = folder / "server"
-        with Daemons(folder / "logs", environment_of_a_site(1)) as daemons:
+        with Daemons(folder / "logs", daemon_environment()) as daemons:
             pid = daemons.start(
                 "server",
                 [command("fsllm-server"), "--port", "0", "--metrics-port", "0", "--state-dir", str(state)],
@@ -85,7 +85,7 @@ def measure(sites: int, mebibytes: float, rounds: int) -> tuple[float, float]:
 def _fsllm(state: Path, *arguments: str) -> str:
     done = subprocess.run(
         [command("fsllm"), *arguments],
-        env=environment_of_a_site(1) | {"FSLLM_STATE_DIR": str(state), "HOME": str(state.parent)},
+        env=daemon_environment() | {"FSLLM_STATE_DIR": str(state), "HOME": str(state.parent)},
         check=False,
         capture_output=True,
         text=True,

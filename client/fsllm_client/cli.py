@@ -14,7 +14,8 @@ import click
 from fsllm_client.settings import ClientSettings, DoctorSettings, SiteSettings
 from fsllm_client.site.state import StateFolder
 from fsllm_common import __version__
-from fsllm_common.errors import Exit, FsllmError
+from fsllm_common.errors import Exit
+from fsllm_common.failure import FailureGroup
 from fsllm_common.settings import settings_options
 
 _START: Final = "start"
@@ -32,27 +33,12 @@ Exit codes: 0 ended by a signal, {Exit.USAGE} wrong usage, {Exit.CONFIGURATION} 
 """
 
 
-class Failure(click.ClickException):
-    """An FsllmError as a command shows it: what is wrong, then the cure, and its documented exit code."""
-
-    def __init__(self, error: FsllmError) -> None:
-        super().__init__(error.message)
-        self.error = error
-        setattr(self, "exit_code", error.exit_code)  # noqa: B010 (click declares it on the class)
-
-    def show(self, file: Any = None) -> None:  # noqa: ANN401 (click's signature)
-        """Print two lines on standard error."""
-        click.echo(f"{click.style('Error:', fg='red')} {self.message} [{self.error.reason}]", file=file, err=True)
-        if self.error.cure:
-            click.echo(f"  {self.error.cure}", file=file, err=True)
-
-
-class Root(click.Group):
+class Root(FailureGroup):
     """The group of commands; without the name of one it starts the daemon."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put ``start`` before flags that are not the group's own."""
-        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help", "--version")):
+        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help", "--version")):
             args = [_START, *args]
         return super().parse_args(ctx, args)
 
@@ -63,13 +49,6 @@ class Root(click.Group):
             records = [record for option in start.params if (record := option.get_help_record(ctx)) is not None]
             formatter.write_dl(records)
         super().format_options(ctx, formatter)
-
-    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's signature)
-        """Run a command; a known error becomes two lines and an exit code."""
-        try:
-            return super().invoke(ctx)
-        except FsllmError as error:
-            raise Failure(error) from error
 
 
 @click.group(
@@ -89,6 +68,7 @@ def start(settings: ClientSettings) -> None:
     """Run the daemon; the command name may be left out."""
     # gRPC's own lines (one a failed handshake) are no JSON, and name no cause.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.umask(0o077)  # whatever the daemon and its trainer write is their own
     # The daemon's imports (gRPC, metrics) are not for the small commands.
     from fsllm_client.daemon import Daemon
     from fsllm_client.reporting import Silent, Terminal

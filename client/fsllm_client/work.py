@@ -165,7 +165,11 @@ class Work:
         parcel = self._outbox.find(job.order.run_id, 0, _BUILD_BASE)
         if parcel is None:
             payload = self._outbox.prepare(job.order.run_id, 0, _BUILD_BASE)
-            manifest = await self._version_zero(job, payload)
+            try:
+                manifest = await self._version_zero(job, payload)
+            except FsllmError:
+                self._outbox.abandon(job.order.run_id, 0, _BUILD_BASE)
+                raise
             begin = UploadBegin(run_id=job.order.run_id, round=0, base_digest=_BUILD_BASE, manifest=manifest)
             parcel = self._outbox.commit(begin, durable=trains(job.plan))
         await self._deliver(job, parcel)
@@ -200,7 +204,11 @@ class Work:
         parcel = self._outbox.find(order.run_id, order.round, order.base.digest)
         if parcel is None:
             job.policy.refuse(job.plan, self._means.member.role)
-            parcel = await (self._make_delta(job, noise) if trains(job.plan) else self._make_up_delta(job))
+            try:
+                parcel = await (self._make_delta(job, noise) if trains(job.plan) else self._make_up_delta(job))
+            except FsllmError:
+                self._outbox.abandon(order.run_id, order.round, order.base.digest)  # half of it may fill the disk
+                raise
         else:
             log.info("this round's delta is in the outbox: it is sent, not trained again")
         if noise is not None and not self._budget.holds(order.run_id, order.round, parcel.digest):

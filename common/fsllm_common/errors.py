@@ -168,7 +168,9 @@ REASONS: Final[dict[str, Reason]] = {
     "RUN_NOT_PAUSED": Reason("FAILED_PRECONDITION", Exit.REFUSED, "Only a paused run can be resumed."),
     "RUN_CANCELLED": Reason("ABORTED", Exit.RUN_FAILED, "An operator cancelled the run."),
     "RUN_FAILED": Reason("ABORTED", Exit.RUN_FAILED, "`fsllm run show RUN` says why."),
-    "RUN_PAUSED": Reason("ABORTED", Exit.RUN_FAILED, "`fsllm run show RUN` says why; `fsllm run resume RUN` goes on."),
+    "RUN_PAUSED": Reason(
+        "ABORTED", Exit.RUN_FAILED, "Mend the cause; then `fsllm run resume RUN` goes on where it stood."
+    ),
     "VERSION_UNKNOWN": Reason("NOT_FOUND", Exit.REFUSED, "`fsllm run show RUN` lists the committed versions."),
     "ROUND_CLOSED": Reason(
         "FAILED_PRECONDITION", Exit.REFUSED, "The round ended without this site; wait for the next."
@@ -203,7 +205,9 @@ REASONS: Final[dict[str, Reason]] = {
     "OFFSET_OUT_OF_RANGE": Reason("OUT_OF_RANGE", Exit.REFUSED, "Start again at offset 0."),
     "BUSY": Reason("RESOURCE_EXHAUSTED", Exit.UNAVAILABLE, "Try again after the stated delay."),
     "DISK_FULL": Reason(
-        "RESOURCE_EXHAUSTED", Exit.STORAGE, "Free space under the named folder; the work resumes by itself."
+        "RESOURCE_EXHAUSTED",
+        Exit.STORAGE,
+        "Free space under the named folder; what was paused for it goes on with `fsllm run resume RUN`.",
     ),
     "STATE_CORRUPT": Reason(
         "DATA_LOSS", Exit.STORAGE, "Restore the state folder from its last back-up; do not delete it before."

@@ -209,7 +209,7 @@ def _mistyped(model: type[Settings], environment: Mapping[str, str]) -> list[str
     for variable in sorted(environment):
         if variable.startswith(PREFIX) and variable not in known:
             near = difflib.get_close_matches(
-                variable.removeprefix(PREFIX), [k.removeprefix(PREFIX) for k in known], 1, 0.8
+                variable.removeprefix(PREFIX), [k.removeprefix(PREFIX) for k in known], 1, 0.7
             )
             if near:
                 found.append(f"{variable} is not a setting of this command; did you mean {PREFIX}{near[0]}?")
@@ -224,7 +224,8 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:  # noqa: ANN401 (py
         return f"{_flag(key)} is required; it may also stand in {PREFIX}{key.upper()} or in the settings file as {key}"
     inner = "".join(f".{step}" for step in error["loc"][1:])
     given = repr(error["input"])
-    message = error["msg"][:1].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     return f"{sources.get(key, _flag(key))}{inner}: {message} (got {given if len(given) <= 80 else given[:77] + '...'})"
 
 

@@ -6,7 +6,8 @@ from typing import Any, Final
 import click
 
 from fsllm_common import __version__
-from fsllm_common.errors import Exit, FsllmError, InputError
+from fsllm_common.errors import Exit, InputError
+from fsllm_common.failure import Failure, FailureGroup
 
 INTERRUPTED: Final = 130
 """The exit code after Ctrl-C, as shells use it."""
@@ -54,22 +55,7 @@ paused or was cancelled, {INTERRUPTED} Ctrl-C. docs/errors.md lists every reason
 """
 
 
-class Failure(click.ClickException):
-    """An FsllmError as a command shows it: what is wrong, then the cure, and its documented exit code."""
-
-    def __init__(self, error: FsllmError) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
-
-    def show(self, file: Any = None) -> None:  # noqa: ANN401 (click's signature)
-        """Print two lines on standard error."""
-        click.echo(f"{click.style('Error:', fg='red')} {self.message} [{self.error.reason}]", file=file, err=True)
-        if self.error.cure:
-            click.echo(f"  {self.error.cure}", file=file, err=True)
-
-
-class Root(click.Group):
+class Root(FailureGroup):
     """The group of all commands. It imports a command's module only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -108,11 +94,9 @@ class Root(click.Group):
             formatter.write_dl([(name, _SUMMARIES[name]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's signature)
-        """Run a command; a known error becomes two lines and an exit code, Ctrl-C a clean end."""
+        """Run a command; Ctrl-C is a clean end."""
         try:
             return super().invoke(ctx)
-        except FsllmError as error:
-            raise Failure(error) from error
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(INTERRUPTED)

@@ -37,8 +37,7 @@ class Place:
 
     def probe(self) -> FsllmError | None:
         """Return what stands between us and the server; None when it would talk to us. Takes seconds at worst."""
-        host, _, port = self.server.rpartition(":")
-        return why_unreachable(host.strip("[]"), int(port), self.folder)
+        return why_unreachable(self.server, self.folder)
 
 
 def login_folder() -> Path:

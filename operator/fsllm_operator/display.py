@@ -20,7 +20,9 @@ def run_display(watched: Watched, *, all_rounds: bool = False) -> RenderableType
     if watched.message:
         parts.append(Text(watched.message, style="dim"))
     if watched.members:
-        parts.append(_members(sorted(watched.members.values(), key=lambda m: (m.role, m.name))))
+        members = sorted(watched.members.values(), key=lambda m: (m.role, m.name))
+        parts.append(_members(members))
+        parts += [Text(f"{member.name}: {member.message}", style="yellow") for member in members if member.message]
     rounds = [watched.committed[n] for n in sorted(watched.committed)]
     if rounds:
         parts.append(rounds_table(rounds if all_rounds else rounds[-_SHOWN_ROUNDS:]))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fsllm_common.accounting.budget import epsilon_of
+from fsllm_common.embedded import embedded_model
 from fsllm_common.plan import Plan
 from fsllm_common.plan.advice import noise_ratio, synthetic_parameters, warnings
 from fsllm_common.plan.combinations import SYNTHETIC_MODEL
@@ -150,7 +151,5 @@ def _parameters(plan: Plan, model: Path | None) -> int | None:
 
 def _embedded_folder() -> Path | None:
     """Return the folder of the project's own model, where it is installed. Its package is not imported."""
-    from fsllm_client.site.policy import embedded_model
-
     folder = embedded_model()
     return folder if folder is not None and (folder / "config.json").is_file() else None

@@ -25,6 +25,8 @@ class Member:
     tokens_per_second: float | None = None
     epsilon: float | None = None
     sent_bytes: int = 0
+    message: str = ""
+    """Why it declined or failed, when it last did."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Watched:
             member = self.members.setdefault(told.name, Member(told.name))
             member.role = told.role or member.role
             member.standing = told.standing if told.attached else f"{told.standing}, away"
+            member.message = told.message
             if told.has_epsilon:
                 member.epsilon = told.epsilon
         for commit in run.commits:
@@ -89,7 +92,7 @@ class Watched:
                 self._member(event.subject).standing = event.message.removeprefix(f"{event.subject} ")
             case "update":
                 member = self._member(event.subject)
-                member.activity, member.done, member.total = "delivered", 1, 1
+                member.activity, member.done, member.total, member.message = "delivered", 1, 1, ""
                 self._measure(member, event.metrics)
             case "rejected":
                 self._member(event.subject).activity = "rejected"

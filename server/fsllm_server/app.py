@@ -1,6 +1,7 @@
 """The server put together: what depends on what, in which order it starts, and in which it stops."""
 
 import asyncio
+import errno
 import json
 import os
 import secrets
@@ -15,7 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 
 from fsllm.v1.enrollment_pb2_grpc import add_EnrollmentServiceServicer_to_server
-from fsllm_common.errors import Unavailable
+from fsllm_common.errors import SettingsInvalid, Unavailable
 from fsllm_common.files import write_atomic
 from fsllm_common.identity.credentials import SERVER_OPTIONS, server_credentials
 from fsllm_common.memory import give_back_start_up
@@ -26,6 +27,7 @@ from fsllm_common.telemetry.notify import notify
 from fsllm_common.telemetry.web import WebServer
 from fsllm_server.certificates import Certificates, open_authority
 from fsllm_server.engine.engine import Engine
+from fsllm_server.ports import try_port
 from fsllm_server.service.attach import Attachments
 from fsllm_server.service.boundary import Boundary
 from fsllm_server.service.control import ControlService
@@ -161,9 +163,15 @@ def _open(
     try:
         return server.add_secure_port(f"{listen}:{port}", credentials)
     except RuntimeError as error:
-        message = (
-            f"{flag}: {listen}:{port} can not be opened: another program listens there, or the address is not ours"
-        )
+        # gRPC does not say why, so ask the system.
+        try:
+            try_port(listen, port)
+        except OSError as cause:
+            message = f"{flag}: {listen}:{port} can not be opened: {cause.strerror}"
+            if cause.errno != errno.EADDRINUSE:
+                raise SettingsInvalid(f"--listen, {message}", cure="Name an address of this host.") from error
+        else:
+            message = f"{flag}: {listen}:{port} can not be opened"
         raise Unavailable("PORT_IN_USE", message) from error
 
 

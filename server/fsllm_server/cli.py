@@ -1,13 +1,13 @@
 """The command ``fsllm-server``."""
 
 import os
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from fsllm_common import __version__
-from fsllm_common.errors import FsllmError
+from fsllm_common.errors import Exit
+from fsllm_common.failure import FailureGroup
 from fsllm_common.settings import settings_options
 from fsllm_server.settings import ServerSettings, default_state_dir
 
@@ -15,41 +15,46 @@ if TYPE_CHECKING:
     from fsllm_server.app import Started
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+_EPILOG: Final = f"""
+\b
+Signals: SIGTERM and SIGINT end the server; what it has acknowledged is kept.
+Exit codes: 0 ended by a signal, {Exit.USAGE} wrong usage, {Exit.CONFIGURATION} setting or plan,
+{Exit.UNAVAILABLE} a port in use, {Exit.STORAGE} disk or state folder. docs/errors.md lists every reason and its cure.
+"""
+
+
+@click.group(
+    cls=FailureGroup,
+    epilog=_EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="fsllm-server")
 @settings_options(ServerSettings)
 @click.pass_context
-def command(context: click.Context, settings: ServerSettings) -> None:
+def main(context: click.Context, settings: ServerSettings) -> None:
     """Run the server of a federation. It needs no flag: the first start makes all it needs in its state folder."""
     if context.invoked_subcommand is None:
         _run(settings)
 
 
-@command.command()
+@main.command(epilog="Exit codes: 0 when nothing is wrong, else that of the first thing wrong (docs/errors.md).")
 @settings_options(ServerSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, settings: ServerSettings, as_json: bool) -> None:
-    """Check ports, certificates, clock, disk and database; exit with 1 when something is wrong."""
+    """Check ports, certificates, clock, disk and database."""
     from fsllm_server import doctor as checks
 
     findings = checks.examine(settings)
     click.echo(checks.as_json(findings) if as_json else checks.as_table(findings))
-    context.exit(1 if any(finding.state == "wrong" for finding in findings) else 0)
-
-
-def main() -> None:
-    """Run the command; a known error becomes one line and its documented exit code."""
-    try:
-        command(prog_name="fsllm-server")
-    except FsllmError as error:
-        click.echo(f"fsllm-server: {error}", err=True)
-        sys.exit(error.exit_code)
+    context.exit(checks.exit_code(findings))
 
 
 def _run(settings: ServerSettings) -> None:
     # The core's own lines (one a failed handshake) are no JSON and name no cause that the peer is not told.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.umask(0o077)  # whatever it writes is its own
     import asyncio
 
     from fsllm_common.plan.load import plan_from_file

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,10 +11,11 @@ from typing import Any, Final, Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from fsllm_common.errors import FsllmError
+from fsllm_common.errors import REASONS, FsllmError
 from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.keys import check_credential, load_credential
 from fsllm_server.app import SERVER_FILE
+from fsllm_server.ports import try_port
 from fsllm_server.settings import ServerSettings
 from fsllm_server.store.database import Database
 from fsllm_server.store.folder import StateFolder
@@ -36,6 +36,8 @@ class Finding:
     state: Literal["good", "note", "wrong"]
     detail: str
     cure: str = ""
+    reason: str = ""
+    """Of something wrong: the error with which a start would end, or the server later."""
 
 
 def examine(settings: ServerSettings) -> list[Finding]:
@@ -52,6 +54,11 @@ def examine(settings: ServerSettings) -> list[Finding]:
         *_clock(state),
         *_database(settings, running),
     ]
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """Return 0 when nothing is wrong, else the exit code of the first reason."""
+    return next((REASONS[finding.reason].exit for finding in findings if finding.state == "wrong"), 0)
 
 
 def as_json(findings: list[Finding]) -> str:
@@ -77,6 +84,10 @@ def as_table(findings: list[Finding]) -> str:
     return captured.get().rstrip("\n")
 
 
+def _wrong(check: str, error: FsllmError) -> Finding:
+    return Finding(check, "wrong", error.message, error.cure, error.reason)
+
+
 def _running(state: Path) -> dict[str, Any] | None:
     """Return what the server of this state folder says of itself; None when none runs."""
     try:
@@ -97,7 +108,7 @@ def _server(state: Path, running: dict[str, Any] | None) -> Iterator[Finding]:
     try:
         StateFolder(state).close()
     except FsllmError as error:
-        yield Finding("server", "wrong", error.message, error.cure)
+        yield _wrong("server", error)
     else:
         yield Finding("server", "note", f"does not run; its state is in {state}")
 
@@ -114,32 +125,24 @@ def _ports(settings: ServerSettings, running: dict[str, Any] | None) -> Iterator
             yield Finding(check, "good", f"{host}:{port} is held by this server")
             continue
         try:
-            _try_port(host.strip("[]"), port)
+            try_port(host, port)
         except OSError as error:
             cure = f"Stop what holds it, or choose another with --{name.replace('_', '-')}."
-            yield Finding(check, "wrong", f"{host}:{port} can not be opened: {error.strerror}", cure)
+            yield Finding(check, "wrong", f"{host}:{port} can not be opened: {error.strerror}", cure, "PORT_IN_USE")
         else:
             yield Finding(check, "good", f"{host}:{port} is free")
-
-
-def _try_port(host: str, port: int) -> None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
 
 
 def _disk(state: Path) -> Iterator[Finding]:
     existing = next(folder for folder in (state, *state.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
-        yield Finding(
-            "disk", "wrong", f"{existing} can not be written", "Mend its owner, or choose another --state-dir."
-        )
+        cure = "Mend its owner, or choose another --state-dir."
+        yield Finding("disk", "wrong", f"{existing} can not be written", cure, "SETTING_INVALID")
         return
     free = shutil.disk_usage(existing).free
     detail = f"{free / 2**30:.1f} GiB free under {existing}"
     if free < LEAST_FREE:
-        yield Finding("disk", "wrong", detail, "Free space: uploads and versions are kept there.")
+        yield Finding("disk", "wrong", detail, "Free space: uploads and versions are kept there.", "DISK_FULL")
     else:
         yield Finding("disk", "good", detail)
 
@@ -151,23 +154,23 @@ def _authority(state: Path, settings: ServerSettings) -> Iterator[Finding]:
     except FileNotFoundError:
         return
     except FsllmError as error:
-        yield Finding("authority", "wrong", error.message, error.cure)
+        yield _wrong("authority", error)
         return
     if settings.federation not in (None, federation):
         detail = f"the state folder is of the federation {federation!r}, not {settings.federation!r}"
-        yield Finding("federation", "wrong", detail, "Leave --federation out, or choose another --state-dir.")
+        cure = "Leave --federation out, or choose another --state-dir."
+        yield Finding("federation", "wrong", detail, cure, "SETTING_INVALID")
     end = authority.certificate.not_valid_after_utc
     detail = f"of federation {federation!r}, until {end:%Y-%m-%d}"
     if end - datetime.now(UTC) < SOON:
-        yield Finding(
-            "authority", "wrong", detail, "Found a new federation in another state folder and invite all sites."
-        )
+        cure = "Found a new federation in another state folder and invite all sites."
+        yield Finding("authority", "wrong", detail, cure, "CERTIFICATE_EXPIRED")
     else:
         yield Finding("authority", "good", detail)
     mode = (state / "authority" / "authority.pem").stat().st_mode & 0o777
     if mode & 0o077:
         cure = f"Run chmod 600 {state / 'authority' / 'authority.pem'}; whoever has read it can admit anybody."
-        yield Finding("authority's key", "wrong", f"others may read it (mode {mode:o})", cure)
+        yield Finding("authority's key", "wrong", f"others may read it (mode {mode:o})", cure, "STATE_CORRUPT")
 
 
 def _certificate(folder: Path, check: str, running: dict[str, Any] | None) -> Iterator[Finding]:
@@ -177,7 +180,7 @@ def _certificate(folder: Path, check: str, running: dict[str, Any] | None) -> It
     except FsllmError as error:
         # The next start makes a new one whatever is there.
         if running is not None:
-            yield Finding(check, "wrong", error.message, "Restart the server: it makes a new one.")
+            yield Finding(check, "wrong", error.message, "Restart the server: it makes a new one.", error.reason)
         elif error.reason != "NOT_ENROLLED":
             yield Finding(check, "note", f"{error.message}; the next start makes a new one")
     else:
@@ -191,7 +194,8 @@ def _clock(state: Path) -> Iterator[Finding]:
     latest = max([RELEASED, *written])
     if now < latest - timedelta(minutes=5):
         detail = f"says {now:%Y-%m-%d %H:%M} UTC, but the state folder was written at {latest:%Y-%m-%d %H:%M} UTC"
-        yield Finding("clock", "wrong", detail, "Set the clock: certificates that are not valid yet are refused.")
+        cure = "Set the clock: certificates that are not valid yet are refused."
+        yield Finding("clock", "wrong", detail, cure, "CERTIFICATE_EXPIRED")
     else:
         yield Finding("clock", "good", f"says {now:%Y-%m-%d %H:%M} UTC")
 
@@ -207,8 +211,9 @@ def _database(settings: ServerSettings, running: dict[str, Any] | None) -> Itera
     try:
         Database(settings.database or f"sqlite:///{file}").close()
     except FsllmError as error:
-        yield Finding("database", "wrong", error.message, error.cure)
+        yield _wrong("database", error)
     except SQLAlchemyError as error:
-        yield Finding("database", "wrong", f"can not be opened: {type(error).__name__}", "Check --database.")
+        detail = f"can not be opened: {type(error).__name__}"
+        yield Finding("database", "wrong", detail, "Check --database.", "SETTING_INVALID")
     else:
         yield Finding("database", "good", "opens, and its schema is this version's")

@@ -209,7 +209,7 @@ def test_the_doctor(tmp_path: Path, server: ServerProcess) -> None:
         code, findings = doctor(
             tmp_path / "never", "--listen", "127.0.0.1", "--port", str(taken.getsockname()[1]), "--metrics-port", "0"
         )
-    assert code == 1
+    assert code == Exit.UNAVAILABLE
     assert findings["port"]["state"] == "wrong"
     assert "--port" in findings["port"]["cure"]
 
@@ -223,7 +223,7 @@ def test_the_doctor_on_a_damaged_folder(tmp_path: Path) -> None:
         left.unlink()
     (tmp_path / "server" / "fsllm.sqlite3").write_bytes(b"this is no database, whatever its name says" * 100)
     code, findings = doctor(tmp_path / "server", "--port", "0", "--metrics-port", "0")
-    assert code == 1
+    assert code == Exit.STORAGE
     assert findings["authority's key"]["state"] == "wrong"
     assert findings["database"]["state"] == "wrong"
     with pytest.raises(ServerEnded, match="STATE_CORRUPT") as ended:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from fsllm_client.trainer.orders import Account, Advanced, Build, Evaluate, Prepare, Train
+from fsllm_client.trainer.orders import Advanced, Build, Evaluate, Prepare, Train
 from fsllm_client.trainer.supervisor import Trainer
 from fsllm_common.errors import FsllmError, ModelUnusable, TrainingFailed
 from fsllm_common.plan import Plan
@@ -75,6 +75,11 @@ def prepare(tiny_model: Path, tiny_rows: Path) -> Callable[..., Prepare]:
 def _pids(one: Trainer) -> list[int]:
     assert one._process is not None
     return [one._process.pid, *(rank.here.pid for rank in one._connected.values())]
+
+
+def _address_space(pid: int) -> int:
+    """Return the bytes of a process's address space."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 async def _gone(pids: list[int], seconds: float = 20) -> bool:
@@ -148,7 +153,7 @@ async def test_the_whole_life_of_a_worker(
     assert (await one.run(prepare(_plan(batch_size=30, micro_batch_size=30), run_id="s"))).counts["ranks"] == 1
     third_worker = _pids(one)
     assert await _gone(second_worker)
-    held = int(Path(f"/proc/{third_worker[0]}/statm").read_text().split()[0]) * resource.getpagesize()
+    held = _address_space(third_worker[0])
     resource.prlimit(third_worker[0], resource.RLIMIT_AS, (held + (1 << 20), resource.RLIM_INFINITY))
     with pytest.raises(TrainingFailed) as starved:
         await one.run(order)
@@ -213,15 +218,14 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("ranks", [1, 2])
 async def test_no_worker_outlives_a_daemon_that_is_killed(ranks: int, tmp_path: Path) -> None:
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", _A_DAEMON, str(tmp_path), str(ranks)], stdout=subprocess.PIPE, text=True
+    daemon = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _A_DAEMON, str(tmp_path), str(ranks)), stdout=subprocess.PIPE
     )
     assert daemon.stdout is not None
-    pids = [int(pid) for pid in (await asyncio.to_thread(daemon.stdout.readline)).split()]
+    pids = [int(pid) for pid in (await daemon.stdout.readline()).split()]
     assert len(set(pids)) == (1 if ranks == 1 else 3)
     daemon.kill()
-    daemon.wait()
-    daemon.stdout.close()
+    await daemon.wait()
     assert await _gone(pids)
 
 
@@ -231,11 +235,6 @@ async def test_no_rank_outlives_a_launcher_or_a_fellow_that_is_killed(trainer: M
         await one.start()
         pids = _pids(one)
         os.kill(pids[victim], signal.SIGKILL)
-        # A rank may die before the order is sent, or after.
-        with pytest.raises(TrainingFailed) as caught:
-            await one.run(Account(multiplier=1, releases=1, delta=1e-5))
-            await one.run(Account(multiplier=1, releases=1, delta=1e-5))
-        assert caught.value.reason == "WORKER_DIED"
         assert await _gone(pids)
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
 from fsllm_client.cli import main
@@ -17,10 +19,16 @@ from fsllm_common.plan import Plan
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("FSLLM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FSLLM_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
+    mask = os.umask(0o077)
+    yield
+    # What a daemon sets for its process must not stay in the tests'.
+    os.umask(mask)
+    structlog.reset_defaults()
 
 
 def run(*arguments: str) -> Result:
@@ -40,6 +48,7 @@ def run(*arguments: str) -> Result:
         (("explain", "plan.txt"), "ends in .yaml", 3),
         (("model", "digest", "/nowhere"), "MODEL_MISSING", 5),
         (("--serve", "h:1"), "No such option", 2),
+        (("acept", "r"), "No such command 'acept'", 2),
     ],
 )
 def test_a_mistake_is_told_in_words_with_its_exit_code(arguments: tuple[str, ...], told: str, code: int) -> None:

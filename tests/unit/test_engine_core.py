@@ -485,7 +485,7 @@ def test_a_failed_attempt_keeps_updates_and_asks_only_the_others() -> None:
     failed = events.Answered(at=6, member="b", order_id=b.id, outcome="failed", reason="WORKER_DIED", message="m")
     run, effects = decide(go(run, update(a)), failed)
     notices = [effect.message for effect in effects if isinstance(effect, Notify) and effect.kind == "failure"]
-    assert notices == ["round 1 failed: only 1 of the 2 updates needed can still come (kept: a)"]
+    assert notices == ["round 1 failed: only 1 of the 2 updates needed can still come (b: train failed: m) (kept: a)"]
     (again,) = run.open_orders(Kind.TRAIN)
     assert (again.member, again.round) == ("b", 1)
     assert again.id != b.id

@@ -201,7 +201,7 @@ async def test_the_probe_names_the_cause(
 ) -> None:
     async def probe(credential: Credential, host: str = "localhost", port: int | None = None) -> FsllmError | None:
         save_credential(tmp_path / "site", credential)
-        return await asyncio.to_thread(why_unreachable, host, port or server.port, tmp_path / "site")
+        return await asyncio.to_thread(why_unreachable, f"{host}:{port or server.port}", tmp_path / "site")
 
     assert await probe(issue(authority)) is None
 
@@ -212,7 +212,7 @@ async def test_the_probe_names_the_cause(
     other = await probe(issue(stranger))
     assert other is not None
     assert other.reason == "CERTIFICATE_UNTRUSTED"
-    assert "not a server of our federation" in other.message
+    assert "is not from this federation's CA" in other.message
 
     # The server trusts a new authority since; ours still trusts it, but it no longer trusts us.
     server.credential = Credential(server.credential.key, server.credential.chain, stranger.pem)
@@ -233,9 +233,9 @@ async def test_the_probe_names_a_wrong_host_name(authority: CertificateAuthority
     running = Server(Credential(key, authority.issue_server(make_request(key), ["elsewhere.example"]), authority.pem))
     await running.server.start()
     save_credential(tmp_path, issue(authority))
-    error = await asyncio.to_thread(why_unreachable, "localhost", running.port, tmp_path)
+    error = await asyncio.to_thread(why_unreachable, f"localhost:{running.port}", tmp_path)
     assert error is not None
-    assert "does not go by that name" in error.message
+    assert "does not name 'localhost'" in error.message
     await running.server.stop(None)
 
 

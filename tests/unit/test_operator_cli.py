@@ -225,6 +225,6 @@ def test_a_span_of_time_that_is_none(valid: str) -> None:
 
 
 def test_every_failure_has_a_documented_exit_code() -> None:
-    from fsllm_operator.cli import Failure
+    from fsllm_common.failure import Failure
 
     assert Failure(FsllmError("DISK_FULL", "x")).exit_code == Exit.STORAGE

@@ -18,7 +18,8 @@ def test_a_lock_that_a_killed_build_left_is_cleared_and_said_to_be(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lock = _lock(tmp_path)
-    take = "import os, sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); os.kill(0, 9)"
+    take = "import os, sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire()"
+    take += "; os.kill(0, 9)"
     subprocess.run([sys.executable, "-c", take, str(lock)], check=False, start_new_session=True)
     assert lock.exists()
 

@@ -155,8 +155,12 @@ def test_a_step_accumulated_over_passes_is_torchs_own_step(
     engine = make(plan)
     assert engine.passes == 2
     engine.write_adapter(start)
+    calls: list[int] = []
+    engine.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     norm = _step(engine)
+
+    assert len(calls) == engine.passes * (2 if checkpointing else 1)  # forward, and again for the backward pass
 
     _assert_close(engine.read_adapter(), {name: start[name] - RATE * gradient[name] for name in start})
     assert norm == pytest.approx(float(torch.cat([g.flatten() for g in gradient.values()]).norm()), rel=1e-4)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from fsllm_bench.daemons import Daemons, command, environment_of_a_site
+from fsllm_bench.daemons import Daemons, command, daemon_environment
 from fsllm_bench.demo import data, plans, results
 from fsllm_bench.embedded import model_path
 from fsllm_common.errors import Exit, FsllmError, InputError, ModelUnusable, Unavailable
@@ -25,6 +25,8 @@ Examples:
   fsllm demo --model smollm2 --data train.jsonl --fields instruction=question,output=answer
   fsllm demo --model ./my-llama --data rows.jsonl --split-by category
 """
+
+_POOLED = "all data in one place"
 
 _NEXT = """
 Next, across real hosts:
@@ -152,13 +154,12 @@ def _run(
     *,
     compare: bool,
 ) -> None:
-    cores = os.cpu_count() or 1
     members = {**files.sites, plans.EVALUATOR: files.held_out}
     if compare:
         members[data.POOLED] = files.pooled
     with (
         tempfile.TemporaryDirectory(prefix="fsllm-demo-") as secrets,
-        Daemons(out / "logs", environment_of_a_site(max(1, cores // len(files.sites)))) as daemons,
+        Daemons(out / "logs", daemon_environment()) as daemons,
     ):
         state = (out / "server").resolve()
         console.print(f"[bold]$ fsllm-server --port 0 --state-dir {out / 'server'}[/bold]")
@@ -178,7 +179,8 @@ def _run(
         daemons.check()
         operator("run", "export", "federation", "-o", str(out / "adapter"))
         federation = operator.run("federation")
-        others = {"pooled (all data in one place)": written.pooled, **written.alone} if compare else {}
+        alone = {f"{site} alone": path for site, path in written.alone.items()}
+        others = {_POOLED: written.pooled, **alone} if compare else {}
         if others:
             console.print("\nFor comparison, the same number of steps on less, and on all data in one place:")
         for path in others.values():
@@ -190,8 +192,18 @@ def _run(
 
 
 def _start_site(
-    console: Console, daemons: Daemons, out: Path, name: str, path: Path, join: Path, port: int, models: dict[str, Path]
+    console: Console,
+    daemons: Daemons,
+    out: Path,
+    name: str,
+    path: Path,
+    join: Path,
+    port: int,
+    models: dict[str, Path],
 ) -> None:
+    # The sites train side by side; the evaluator measures while most of them wait for it.
+    cores = os.cpu_count() or 1
+    threads = cores if name == plans.EVALUATOR else max(1, cores // len(data.SITES))
     state = (out / "sites" / name).resolve()
     state.mkdir(parents=True, mode=0o700)
     policy = state / "policy.toml"
@@ -204,7 +216,7 @@ def _start_site(
         [
             command("fsllm-client"),
             *("--server", f"localhost:{port}", "--data", str(path), "--join", str(join)),
-            *("--state-dir", str(state), "--policy", str(policy), "--metrics-port", "0"),
+            *("--state-dir", str(state), "--policy", str(policy), "--trainer-threads", str(threads)),
         ],
     )
 
@@ -219,15 +231,11 @@ def _report(
         raise SystemExit(Exit.RUN_FAILED)
     table = [results.Result("base model", *rounds[0][1:])]
     table += [
-        results.Result(label.replace("-alone", " alone"), *series[-1][1:])
-        for label, series in measured.items()
-        if series and not label.startswith("pooled")
+        results.Result(label, *series[-1][1:]) for label, series in measured.items() if series and label != _POOLED
     ]
     table.append(results.Result("federation", *rounds[-1][1:]))
     table += [
-        results.Result(label, *series[-1][1:])
-        for label, series in measured.items()
-        if series and label.startswith("pooled")
+        results.Result(label, *series[-1][1:]) for label, series in measured.items() if series and label == _POOLED
     ]
     console.print()
     results.show(console, table, rounds)

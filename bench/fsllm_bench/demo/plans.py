@@ -13,20 +13,20 @@ from fsllm_bench.demo.data import POOLED, SITES
 EVALUATOR = "evaluator"
 
 _EMBEDDED: dict[str, Any] = {
-    "rounds": 8,
+    "rounds": 6,
     "model": {"name": "embedded"},
     "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
     "algorithm": {"name": "fedavg", "weighting": "examples"},
     "train": {
         "steps": 12,
-        "batch_size": 16,
-        "learning_rate": 5e-3,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
         "precision": "fp32",
         "optimizer_state": "reset",
     },
     "deepspeed": {"zero_stage": 2, "offload_optimizer": True},
-    "data": {"template": "brief", "max_length": 96, "packing": True, "validation_fraction": 0.1},
-    "evaluate": {"metrics": ["loss", "exact_match"], "limit": 400, "max_new_tokens": 12},
+    "data": {"template": "brief", "max_length": 64, "packing": True, "validation_fraction": 0.1},
+    "evaluate": {"metrics": ["loss", "exact_match"], "limit": 400, "max_new_tokens": 8},
     "wire": {"element_type": "fp32"},
     "timing": {"gather_seconds": 1.0, "idle_seconds": 120},
 }

@@ -36,6 +36,10 @@ class Place:
         return f"{self.file}, {self.unit} {self.number}"
 
 
+class FieldsUnknown(DataInvalid):
+    """The fields have names of the site's own, which a plan must map."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What one side says. ``input`` is an instruction's separate input, empty everywhere else."""
@@ -68,7 +72,7 @@ def detect_format(record: Mapping[str, object], data: Data, place: Place) -> For
     """Return the plan's format, or for ``auto`` the first whose fields the record has (mapped ones go first).
 
     Raises:
-        DataInvalid: no format fits.
+        FieldsUnknown: no format fits.
 
     """
     if data.format != "auto":
@@ -78,7 +82,10 @@ def detect_format(record: Mapping[str, object], data: Data, place: Place) -> For
         if all(_file_name(ours, data) in record for ours in REQUIRED[name]):
             return name
     wanted = "; ".join(" and ".join(_file_name(ours, data) for ours in fields) for fields in REQUIRED.values())
-    raise DataInvalid(f"{place}: the row has the fields of no known format, which are: {wanted}.")
+    raise FieldsUnknown(
+        f"{place}: the row has the fields of no known format, which are: {wanted}.",
+        cure="Name the file's own fields in the plan, e.g. data: {fields: {instruction: question, output: answer}}.",
+    )
 
 
 def example_from_record(record: Mapping[str, object], format_: Format, data: Data, place: Place) -> Example:

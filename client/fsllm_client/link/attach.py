@@ -27,10 +27,10 @@ from fsllm.v1.federation_pb2 import (
 )
 from fsllm_client.link.backoff import Backoff
 from fsllm_client.link.channel import Link
-from fsllm_client.link.diagnose import diagnose
 from fsllm_common import PROTOCOL_VERSION, __version__
 from fsllm_common.errors import FsllmError, Unavailable
 from fsllm_common.identity.keys import check_credential
+from fsllm_common.identity.probe import knock
 from fsllm_common.rpc_errors import error_from
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
@@ -133,7 +133,12 @@ class Attachment:
         """Find out why nothing answers, as long as this daemon has never been welcomed; later it is only an outage."""
         if error.reason != "SERVER_UNREACHABLE" or self._ever:
             return error
-        return await diagnose(self._link.server, self._link.credential.authority, self._link.credential) or error
+        credential = self._link.credential
+        try:
+            await asyncio.to_thread(knock, self._link.server, credential.authority, credential)
+        except FsllmError as cause:
+            return cause
+        return error
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next attempt, less when the certificate has just been renewed."""

@@ -13,8 +13,7 @@ from fsllm.v1.enrollment_pb2_grpc import EnrollmentServiceStub
 from fsllm.v1.federation_pb2 import RenewRequest
 from fsllm_client.link.backoff import Backoff
 from fsllm_client.link.channel import Link
-from fsllm_client.link.diagnose import diagnose
-from fsllm_common.errors import FsllmError
+from fsllm_common.errors import FsllmError, JoinFileInvalid
 from fsllm_common.files import write_atomic
 from fsllm_common.identity.credentials import CHANNEL_OPTIONS, enrollment_channel_credentials
 from fsllm_common.identity.join import JoinFile, read_join_file, token_identifier
@@ -27,6 +26,8 @@ from fsllm_common.identity.keys import (
     make_request,
     save_credential,
 )
+from fsllm_common.identity.names import Role
+from fsllm_common.identity.probe import knock
 from fsllm_common.rpc_errors import error_from
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
@@ -81,9 +82,15 @@ async def enroll(folder: Path, server: str, join: JoinFile) -> Credential:
     The key is on disk before the token is spent: when the answer is lost, the same key redeems the same token again.
 
     Raises:
+        JoinFileInvalid: It is an operator's, or says another name than the server knows its token by.
         FsllmError: JOIN_TOKEN_*: the server refuses. SERVER_UNREACHABLE, CERTIFICATE_UNTRUSTED.
 
     """
+    if join.role is Role.OPERATOR:  # before the token is spent
+        raise JoinFileInvalid(
+            f"This join file is for the operator {join.name!r}, not for a site or evaluator",
+            cure="Give it to that operator: fsllm login --join FILE. A site's is made by `fsllm site invite NAME`.",
+        )
     token = token_identifier(join.token)
     pending = folder / _PENDING.format(token)
     try:
@@ -104,13 +111,14 @@ async def enroll(folder: Path, server: str, join: JoinFile) -> Credential:
         except grpc.aio.AioRpcError as error:
             known = error_from(error, address)
             if known.reason == "SERVER_UNREACHABLE":
-                known = await diagnose(address, authority) or known
+                await asyncio.to_thread(knock, address, authority)  # raises the real cause, if it finds one
             raise known from error
     credential = accept_chain(key, answer.certificate_chain, authority)
     member = credential.member
     if (member.federation, member.role, member.name) != (join.federation, join.role, join.name):
-        raise FsllmError(
-            "CERTIFICATE_UNTRUSTED", f"The server issued a certificate for {member.uri}, not for {join.name}"
+        raise JoinFileInvalid(
+            f"The join file has been changed: it says {join.role} {join.name}, but its token is for {member.uri}",
+            cure="Use the join file as the operator made it; a name can not be chosen at the site.",
         )
     save_credential(folder, credential)
     note = {"token": token, "federation": join.federation, "at": datetime.now(UTC).isoformat(timespec="seconds")}

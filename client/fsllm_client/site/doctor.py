@@ -11,7 +11,6 @@ from typing import Final, Literal
 
 import grpc
 
-from fsllm_client.link.diagnose import knock
 from fsllm_client.settings import DoctorSettings, extensions_folder
 from fsllm_client.site.machine import Machine
 from fsllm_client.site.policy import EMBEDDED, Policy
@@ -19,6 +18,7 @@ from fsllm_client.site.state import StateFolder
 from fsllm_common.errors import REASONS, FsllmError
 from fsllm_common.identity.credentials import CHANNEL_OPTIONS, channel_credentials
 from fsllm_common.identity.keys import Certificate, Credential, check_credential, load_credential
+from fsllm_common.identity.probe import knock
 from fsllm_common.plan.schema import Data
 from fsllm_common.rpc_errors import error_from
 
@@ -110,7 +110,7 @@ async def _server(server: str | None, credential: Credential | None) -> list[Che
             return [_failed("server", unreachable)]
         return [Check("server", "warning", f"{server} accepts connections; TLS is not tried without a certificate")]
     try:
-        certificate = await knock(server, credential.authority, credential)
+        certificate = await asyncio.to_thread(knock, server, credential.authority, credential)
     except FsllmError as error:
         return [_failed("server", error)]
     return [
@@ -207,9 +207,13 @@ def _data(path: Path | None) -> Check:
     if path is None:
         return Check("data", "warning", "not read: no --data", "Give --data PATH.")
     from fsllm_client.data.readers import read_rows
+    from fsllm_client.data.rows import FieldsUnknown
 
     try:
         rows = read_rows(path, Data())
+    except FieldsUnknown as error:
+        # Nothing is wrong with the data: what they are called is for the plan to say.
+        return Check("data", "warning", error.message, error.cure)
     except FsllmError as error:
         return _failed("data", error)
     counts = Counter(example.place.file for example in rows.examples)

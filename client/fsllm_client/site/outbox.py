@@ -73,6 +73,10 @@ class Outbox:
         folder.mkdir(mode=DIRECTORY_MODE)
         return folder / _PAYLOAD
 
+    def abandon(self, run_id: str, round_: int, base_digest: bytes) -> None:
+        """Remove what was written of a parcel that did not come about."""
+        shutil.rmtree(self.root / _name(run_id, round_, base_digest), ignore_errors=True)
+
     def commit(self, begin: UploadBegin, *, durable: bool = True) -> Parcel:
         """Make the parcel count, now that its payload is written and synced.
 

@@ -8,7 +8,6 @@ every model that the site has not named. A site whose security officer wants to 
 """
 
 import difflib
-import importlib.util
 import re
 import tomllib
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from pydantic import (
 
 from fsllm_client.site.policy_template import TEMPLATE
 from fsllm_client.site.state import DIRECTORY_MODE, FILE_MODE
+from fsllm_common.embedded import embedded_model
 from fsllm_common.errors import ModelUnusable, PolicyRefused, Refused, SettingsInvalid
 from fsllm_common.files import write_atomic
 from fsllm_common.plan import Plan
@@ -338,14 +338,6 @@ class Policy(Section):
         """Relative model folders are relative to the policy file."""
         for name, folder in self.models.items():
             self.models[name] = (self._path.parent / folder.expanduser()).resolve()
-
-
-def embedded_model() -> Path | None:
-    """Return the folder of the project's own tiny model, if it is installed. The package itself is not imported."""
-    spec = importlib.util.find_spec("fsllm_bench")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "embedded" / "model"
 
 
 def ensure_policy(path: Path) -> bool:

@@ -1,13 +1,10 @@
 """The trainer: a worker process that the daemon starts, gives orders to, and outlives.
 
-=====================  ==============================================================================================
-In the daemon          ``supervisor`` starts the worker and talks to it; ``launch`` its command and environment; ``deaths``
-                       what it died of; ``orders`` what both say; ``roles`` what each tensor is; ``export`` what PEFT loads
-In the worker          ``worker`` the entry; ``channel`` its end of the socket; ``group`` the ranks; ``session`` the orders
-Models                 ``base_model``, ``adapters``, ``tensor_files``
-Training               ``engine`` DeepSpeed; ``ds_config``; ``loop`` a round; ``schedule``; ``optimizer_state``; ``cpu_adam``
-Measuring              ``evaluate``, ``generate``, ``normalise``, ``account``
-=====================  ==============================================================================================
+In the daemon, without torch: ``supervisor`` starts the worker and talks to it; ``launch`` is its command and
+environment, ``deaths`` what it died of, ``orders`` what both say; ``roles`` tells what a tensor is, ``export`` makes
+what PEFT loads.
 
-What the daemon uses imports no torch.
+In the worker: ``worker`` is the entry, ``channel`` its end of the socket, ``group`` the ranks, ``session`` the orders;
+``base_model``, ``adapters`` and ``tensor_files`` are the model; ``engine``, ``ds_config``, ``loop``, ``schedule``,
+``optimizer_state`` and ``cpu_adam`` train it; ``evaluate``, ``generate``, ``normalise`` and ``account`` measure.
 """

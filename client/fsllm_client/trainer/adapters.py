@@ -84,7 +84,7 @@ def _check_targets(targets: Iterable[str], model: PreTrainedModel) -> None:
 
 
 def _ia3_targets(plan: Plan, model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """IA3 scales keys, values and the feed-forward's inside (Liu et al. 2022, arXiv 2205.05638): 'all-linear' means those."""
+    """IA3's targets; 'all-linear' means the paper's: keys, values, feed-forward (Liu et al. 2022, arXiv 2205.05638)."""
     from peft.utils.constants import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
     )

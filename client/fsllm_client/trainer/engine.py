@@ -22,6 +22,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fsllm_common.errors import ModelUnusable
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
@@ -66,12 +68,15 @@ class Engine:
         self.parameters = dict(parameters)
         self._clips_itself = config["gradient_clipping"] == 0 and plan.train.max_grad_norm > 0
         if plan.train.gradient_checkpointing:
-            # ZeRO-3 frees parameters between forward and backward, which only the reentrant kind tolerates; and that
-            # kind needs an input that wants a gradient, which a frozen embedding does not give by itself.
-            reentrant = self.stage == 3
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            if reentrant:
-                model.enable_input_require_grads()
+            try:
+                # The kind that torch recommends; it needs no input that wants a gradient, which a frozen base has not.
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            except ValueError as error:
+                raise ModelUnusable(
+                    "MODEL_UNSUITABLE",
+                    f"train.gradient_checkpointing: {model.config.model_type} models can not do it",
+                    cure="Set train.gradient_checkpointing to false.",
+                ) from error
         offloaded = (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -189,8 +194,8 @@ class Engine:
 
         if self.plan.train.optimizer == "sgd":
             return
-        if not self._optimizer.optimizer.state:
-            self._step_on_the_spot()
+        self.reset_optimizer()
+        self._step_on_the_spot()
         with torch.no_grad():
             for moment in _MOMENTS:
                 for name, parameter in self.parameters.items():
@@ -203,12 +208,18 @@ class Engine:
                 state["step"] = step
 
     def _step_on_the_spot(self) -> None:
-        """Take a step that moves nothing, after which the optimizer has a state to be set."""
+        """Take a step that moves nothing, after which the optimizer has a state to be set.
+
+        CPU Adam keeps powers of beta of its own, multiplied from step to step or computed anew after a jump, which
+        differ by rounding: from here on they are the same whatever this process has trained before.
+        """
         import torch
 
+        rate = self._optimizer.param_groups[0]["lr"]
         self.set_learning_rate(0.0)
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         self.step([lambda: self.forward(input_ids=ids, use_cache=False).logits.sum() * 0.0] * self.passes)
+        self.set_learning_rate(rate)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the steps to come."""

@@ -1,9 +1,9 @@
 """The optimizer's state kept from round to round (plan: ``train.optimizer_state: keep``), durable at the site.
 
 A file a round: a round that is trained again, after a crash between training and delivery, starts from the state of the
-round before it and so gives the same delta, to the rounding of CPU Adam's powers of beta. The file holds whole tensors
-by name, so it fits any ZeRO stage and number of ranks. No random number generator is kept: a round's randomness follows
-from the plan's seed, the round and the rank (``loop``).
+round before it and so gives the same delta, bit for bit. The file holds whole tensors by name, so it fits any ZeRO
+stage and number of ranks. No random number generator is kept: a round's randomness follows from the plan's seed, the
+round and the rank (``loop``).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Message(BaseModel):
 
 
 class Prepare(Message):
-    """Load the base model and tokenise the data of this run. Once in a worker's life: another run, another process."""
+    """Load the base model and tokenise the data of this run. A later one takes the place of the one before."""
 
     kind: Literal["prepare"] = "prepare"
     run_id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -86,7 +87,9 @@ class Session:
 
     def _prepare(self, order: Prepare) -> Finished:
         if self._run is not None:
-            raise TrainingFailed("INTERNAL", f"this worker is prepared for {self._run.order.run_id} already")
+            self._run.engine.close()
+            self._run = None
+            gc.collect()  # an engine and its model refer to each other
         plan = order.plan
         check_folder(order.model)
         site = site_config(order.deepspeed_config) if order.deepspeed_config is not None else None
@@ -233,8 +236,8 @@ class Session:
             differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             raise FsllmError(
                 "MANIFEST_INVALID",
-                f"{path} does not fit this site's adapter: {len(differing)} tensors differ, e.g. {differing[0]}, which is "
-                f"{found.get(differing[0], 'absent')} and should be {expected.get(differing[0], 'absent')}",
+                f"{path} does not fit this site's adapter: {len(differing)} tensors differ, e.g. {differing[0]}, which "
+                f"is {found.get(differing[0], 'absent')} and should be {expected.get(differing[0], 'absent')}",
                 cure="The sites' base models or libraries differ: compare model folders and versions.",
             )
         return tensors

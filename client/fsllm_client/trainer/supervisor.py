@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from fsllm_client.trainer.deaths import cause, error_of, kernel_kills
 from fsllm_client.trainer.launch import command, environment, gpus
 from fsllm_client.trainer.orders import (
     Account,
@@ -33,15 +34,7 @@ from fsllm_client.trainer.orders import (
     Train,
     report_lines,
 )
-from fsllm_common.errors import (
-    REASONS,
-    DataInvalid,
-    FsllmError,
-    ModelUnusable,
-    PlanInvalid,
-    SettingsInvalid,
-    TrainingFailed,
-)
+from fsllm_common.errors import FsllmError, TrainingFailed
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +44,6 @@ _LONGEST_SOCKET_PATH: Final = 100  # the kernel's limit is 107 bytes
 _LINE_LIMIT: Final = 1 << 20
 _LARGEST_LOG: Final = 8 << 20
 _LOG_TAIL: Final = 16 << 10
-_KILLED: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(slots=True)
@@ -97,6 +89,8 @@ class Trainer:
         self._socket_folder: Path | None = None
         self._connected: dict[int, _Rank] = {}
         self._inbox: asyncio.Queue[tuple[int, Here | Advanced | Finished | GaveUp | None]] = asyncio.Queue()
+        self._lost = False
+        self._unwanted = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._prepared: tuple[Prepare, Finished] | None = None
         self._wanted: Prepare | None = None
@@ -106,7 +100,13 @@ class Trainer:
     @property
     def alive(self) -> bool:
         """Whether the worker runs. When it does not, ``run`` starts it."""
-        return self._process is not None and self._process.returncode is None and len(self._connected) == self._ranks
+        process = self._process
+        return (
+            process is not None
+            and process.returncode is None
+            and len(self._connected) == self._ranks
+            and not self._lost
+        )
 
     @property
     def log(self) -> Path:
@@ -123,11 +123,11 @@ class Trainer:
         if self.alive:
             return
         await self._end_group(polite=False)
-        self._inbox = asyncio.Queue()
+        self._inbox, self._lost = asyncio.Queue(), False
         path = self._socket_path()
         self._server = await asyncio.start_unix_server(self._serve, path, limit=_LINE_LIMIT)
         path.chmod(0o600)
-        self._kills_before = _kernel_kills()
+        self._kills_before = kernel_kills()
         with self._open_log() as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command(path, self._ranks),
@@ -160,7 +160,8 @@ class Trainer:
     async def run(self, order: Work, on_progress: Callable[[Advanced], None] | None = None) -> Finished:
         """Carry out an order, starting the worker first, and preparing it again, when it has died since.
 
-        Preparing for what is prepared already returns at once; for another run, the worker is replaced by a new one.
+        Preparing for what is prepared already returns at once; for another run, a worker with GPUs is replaced by a new
+        one, and one without changes over.
         When the awaiting task is cancelled, so is the order, and the worker stays.
 
         Raises:
@@ -169,6 +170,7 @@ class Trainer:
 
         """
         async with self._turn:
+            self._unwanted = False
             if isinstance(order, Prepare):
                 self._wanted = order
             if not isinstance(order, Account):
@@ -176,12 +178,14 @@ class Trainer:
                 if isinstance(order, Prepare):
                     return prepared
             await self.start()
+            if self._unwanted:  # while it was prepared anew
+                raise FsllmError("ORDER_UNKNOWN", f"the order was given up before it began: {order.kind}")
             return await self._carry_out(order, on_progress)
 
     def cancel(self) -> None:
-        """Have the order in hand given up at its next step; ``run`` then raises ORDER_UNKNOWN. Without one, does nothing."""
-        if self._turn.locked():
-            self._send(Cancel())
+        """Have the order in hand given up at its next step; ``run`` then raises ORDER_UNKNOWN."""
+        self._unwanted = True
+        self._send(Cancel())
 
     async def stop(self, grace: float = 5.0) -> None:
         """End the worker: ask, then SIGTERM, then SIGKILL, each after ``grace`` seconds. No rank survives this."""
@@ -195,10 +199,10 @@ class Trainer:
             raise TrainingFailed("INTERNAL", "the trainer was given an order before it was prepared")
         if self._prepared is not None and self._prepared[0] == self._wanted and self.alive:
             return self._prepared[1]
-        if self._prepared is not None:
-            await (
-                self.stop()
-            )  # an engine is never taken apart, and a GPU's memory comes back whole only from a dead process
+        if self._prepared is not None and gpus() > 0:
+            # A GPU's memory comes back whole only from a dead process. On the CPU the worker changes runs by itself,
+            # which saves the many seconds that importing the training stack takes.
+            await self.stop()
         await self.start()
         finished = await self._carry_out(self._wanted, on_progress)
         self._prepared = (self._wanted, finished)
@@ -252,7 +256,7 @@ class Trainer:
         if not in_step or gave_up[0].reason == "OUT_OF_MEMORY" or isinstance(order, Prepare):
             # What half an order has left in a rank is of no use to the next.
             await self._end_group(polite=False)
-        raise _error(gave_up[0], self.log)
+        raise error_of(gave_up[0], self.log)
 
     async def _settle(self, order: Work) -> None:
         try:
@@ -283,6 +287,8 @@ class Trainer:
         finally:
             writer.close()
             inbox.put_nowait((number, None))
+            if inbox is self._inbox:
+                self._lost = True
 
     async def _report_exit(
         self,
@@ -300,7 +306,7 @@ class Trainer:
     async def _death(self, when: str) -> TrainingFailed:
         """Clear the dead group away and say what it died of."""
         code = await self._end_group(polite=False, grace=_DYING)
-        out_of_memory, how = _cause(code, self._kills_before, self._log_since_start())
+        out_of_memory, how = cause(code, self._kills_before, self._log_since_start())
         if out_of_memory:
             return TrainingFailed("OUT_OF_MEMORY", f"the trainer ran out of memory {when} ({how}); see {self.log}")
         return TrainingFailed("WORKER_DIED", f"the trainer {how} {when}; see {self.log}")
@@ -380,50 +386,3 @@ async def _ended(process: asyncio.subprocess.Process, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _error(gave_up: GaveUp, log: Path) -> FsllmError:
-    reason = gave_up.reason if gave_up.reason in REASONS else "INTERNAL"
-    message = gave_up.message
-    match reason:
-        case "PLAN_INVALID":
-            return PlanInvalid(message, cure=gave_up.cure)
-        case "SETTING_INVALID":
-            return SettingsInvalid(message, cure=gave_up.cure)
-        case "DATA_INVALID":
-            return DataInvalid(message, cure=gave_up.cure)
-        case "MODEL_MISSING" | "MODEL_UNSUITABLE":
-            return ModelUnusable(reason, message, cure=gave_up.cure)
-        case "OUT_OF_MEMORY":
-            return TrainingFailed(reason, f"{message}; see {log}", cure=gave_up.cure)
-        case "LOSS_NOT_FINITE" | "INTERNAL":
-            return TrainingFailed(reason, message, cure=gave_up.cure)
-    return FsllmError(reason, message, cure=gave_up.cure)
-
-
-def _kernel_kills() -> int | None:
-    """Return how many processes the kernel has killed for want of memory since boot, or None where it does not say."""
-    try:
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        return None
-    return None
-
-
-def _cause(code: int | None, kills_before: int | None, log: str) -> tuple[bool, str]:
-    """Tell whether the group died for want of memory, and how it died."""
-    if any(words in log for words in ("OutOfMemoryError", "MemoryError", "can't allocate memory", "std::bad_alloc")):
-        return True, "its log says so"
-    if code is None:
-        return False, "closed its socket"
-    if code in _KILLED:
-        kills = _kernel_kills()
-        # A SIGKILL may be anyone's; the kernel counts its own.
-        if kills is None or kills_before is None or kills > kills_before:
-            return True, "killed by the kernel, as it does when memory runs out"
-        return False, "was killed (SIGKILL)"
-    if code < 0:
-        return False, f"was ended by {signal.Signals(-code).name}"
-    return False, f"ended by itself with exit code {code}"

@@ -1,4 +1,4 @@
-"""The entry of each rank: ``python -m fsllm_client.trainer.worker --socket PATH``, started by ``supervisor``, not by people."""
+"""The entry of each rank: ``python -m fsllm_client.trainer.worker --socket PATH``, which ``supervisor`` starts."""
 
 import argparse
 import ctypes
@@ -73,7 +73,7 @@ def _outcome(session: Session, order: Work) -> Finished | GaveUp:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this rank when the launcher dies: ranks are in process groups of their own, which no kill reaches."""
+    """Have the kernel kill this rank when the launcher dies: its process group is its own, which no kill reaches."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() == 1:

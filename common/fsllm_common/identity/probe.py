@@ -2,79 +2,117 @@
 
 import socket
 import ssl
+import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from fsllm_common.errors import FsllmError, Unavailable
-from fsllm_common.identity.keys import CREDENTIAL_FILE, check_credential, load_credential
+from fsllm_common.identity.keys import Certificate, Credential, check_credential, load_credential
 
 TIMEOUT: Final = 5.0
 """Seconds for each of: connecting, the handshake, the server's first byte."""
 
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
-_NOT_YET: Final = 9  # X509_V_ERR_CERT_NOT_YET_VALID
+_OUT_OF_TIME: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _OTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
-def why_unreachable(host: str, port: int, credential_folder: Path) -> FsllmError | None:
-    """Connect as a member would, and return what stands in the way; None when the server would talk to us.
+def knock(server: str, authority: bytes, credential: Credential | None = None) -> Certificate:
+    """Connect by TCP, then TLS, and return the server's certificate.
 
     Blocks for up to three times ``TIMEOUT``: call it in a thread.
 
     Args:
-        host: As a person gave it.
-        port: The server's main port.
-        credential_folder: Where ``save_credential`` stored the member's credential.
+        server: ``host:port``, as a person gave it.
+        authority: PEM of the CA that must have issued the server's certificate.
+        credential: This member's, on the main port; None on the enrolment port.
+
+    Raises:
+        FsllmError: SERVER_UNREACHABLE, CERTIFICATE_UNTRUSTED, CERTIFICATE_EXPIRED: the real cause.
 
     """
+    host, _, port = server.rpartition(":")
+    host = host.strip("[]")
+    context = _context(authority, credential)
+    try:
+        plain = socket.create_connection((host, int(port)), TIMEOUT)
+    except socket.gaierror:
+        raise Unavailable("SERVER_UNREACHABLE", f"The host name {host!r} is not known here") from None
+    except TimeoutError:
+        raise Unavailable("SERVER_UNREACHABLE", f"{server} does not answer; a firewall may drop the packets") from None
+    except ConnectionRefusedError:
+        raise Unavailable("SERVER_UNREACHABLE", f"Nothing listens on {server}") from None
+    except OSError as error:
+        raise Unavailable("SERVER_UNREACHABLE", f"{server}: {error.strerror or error}") from error
+    try:
+        with plain, context.wrap_socket(plain, server_hostname=host) as secure:
+            # In TLS 1.3 the server's verdict on our certificate comes only after the handshake.
+            secure.sendall(_HTTP2_PREFACE)
+            if not secure.recv(1):
+                raise _refused(server, "it closes the connection on seeing it")
+            return Certificate.parse(ssl.DER_cert_to_PEM_cert(secure.getpeercert(binary_form=True) or b"").encode())
+    except ssl.SSLCertVerificationError as error:
+        raise _about_their_certificate(server, host, error) from error
+    except ssl.SSLError as error:
+        raise _about_ours(server, error) from error
+    except ConnectionResetError:
+        raise _refused(server, "it closes the connection on seeing it") from None
+    except TimeoutError:
+        raise Unavailable("SERVER_UNREACHABLE", f"{server} accepts connections but does not speak TLS") from None
+    except OSError as error:
+        raise Unavailable("SERVER_UNREACHABLE", f"{server}: {error.strerror or error}") from error
+
+
+def why_unreachable(server: str, credential_folder: Path) -> FsllmError | None:
+    """Knock as the member whose credential ``save_credential`` stored; return what stands in the way, or None."""
     try:
         credential = load_credential(credential_folder)
         check_credential(credential)
+        knock(server, credential.authority, credential)
     except FsllmError as error:
         return error
-    context = ssl.create_default_context(cadata=credential.authority.decode())
+    return None
+
+
+def _context(authority: bytes, credential: Credential | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=authority.decode("ascii"))
     context.set_alpn_protocols(["h2"])
-    context.load_cert_chain(credential_folder / CREDENTIAL_FILE)
-    try:
-        with (
-            socket.create_connection((host, port), TIMEOUT) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
-        ):
-            # In TLS 1.3 the server's verdict on our certificate comes only after the handshake.
-            secure.sendall(_HTTP2_PREFACE)
-            if secure.recv(1):
-                return None
-            return FsllmError("CERTIFICATE_UNTRUSTED", f"{host}:{port} closed the connection on seeing our certificate")
-    except ssl.SSLCertVerificationError as error:
-        return _about_their_certificate(f"{host}:{port}", error)
-    except ssl.SSLError as error:
-        return FsllmError(
-            "CERTIFICATE_UNTRUSTED", f"{host}:{port} refused our certificate or is no TLS server ({error.reason})"
-        )
-    except socket.gaierror:
-        return Unavailable("SERVER_UNREACHABLE", f"The host name {host!r} is not known here")
-    except TimeoutError:
-        return Unavailable("SERVER_UNREACHABLE", f"{host}:{port} does not answer; a firewall may drop the packets")
-    except ConnectionRefusedError:
-        return Unavailable("SERVER_UNREACHABLE", f"Nothing listens on {host}:{port}")
-    except ConnectionResetError:
-        return FsllmError("CERTIFICATE_UNTRUSTED", f"{host}:{port} closed the connection on seeing our certificate")
-    except OSError as error:
-        return Unavailable("SERVER_UNREACHABLE", f"{host}:{port}: {error.strerror or error}")
+    if credential is not None:
+        # The ssl module takes a client's key from a file only.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "credential.pem"
+            path.touch(mode=0o600)
+            path.write_bytes(credential.key + credential.chain)
+            context.load_cert_chain(path)
+    return context
 
 
-def _about_their_certificate(where: str, error: ssl.SSLCertVerificationError) -> FsllmError:
-    if error.verify_code in (_EXPIRED, _NOT_YET):
+def _about_their_certificate(server: str, host: str, error: ssl.SSLCertVerificationError) -> FsllmError:
+    what = error.verify_message
+    if error.verify_code in _OUT_OF_TIME:
         return FsllmError(
-            "CERTIFICATE_UNTRUSTED",
-            f"The certificate of {where} is not valid now ({error.verify_message})",
-            cure="Compare this host's clock with the server's; if both are right, restart the server.",
+            "CERTIFICATE_EXPIRED",
+            f"The certificate of {server} is not valid now, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC here: {what}",
+            cure="Compare this host's clock with the server's; a running server renews its own certificate.",
         )
     if error.verify_code in _OTHER_NAME:
         return FsllmError(
             "CERTIFICATE_UNTRUSTED",
-            f"The server at {where} does not go by that name ({error.verify_message})",
-            cure="Use a name or address that the server's setting `hosts` lists, or add this one there.",
+            f"The certificate of {server} does not name {host!r}: {what}",
+            cure="Use a name or address that the server's certificate holds, or start fsllm-server with --host NAME.",
         )
-    return FsllmError("CERTIFICATE_UNTRUSTED", f"{where} is not a server of our federation ({error.verify_message})")
+    return FsllmError("CERTIFICATE_UNTRUSTED", f"The certificate of {server} is not from this federation's CA: {what}")
+
+
+def _about_ours(server: str, error: ssl.SSLError) -> FsllmError:
+    text = error.reason or str(error)
+    if "EXPIRED" in text:
+        return FsllmError("CERTIFICATE_EXPIRED", f"{server} says that our certificate has expired")
+    if any(alert in text for alert in ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_UNKNOWN", "DECRYPT_ERROR")):
+        return _refused(server, text)
+    return Unavailable("SERVER_UNREACHABLE", f"{server}: the TLS connection fails: {text}")
+
+
+def _refused(server: str, why: str) -> FsllmError:
+    return FsllmError("CERTIFICATE_UNTRUSTED", f"{server} does not trust our certificate: {why}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_PLAN: Final = 1 << 20
 """Bytes of a plan file."""
 
+_EXAMPLE: Final = "`fsllm plan example` prints a whole plan; docs/plans.md lists every key."
 _MAX_TOLD: Final = 10
 """Errors told at once."""
 
@@ -70,7 +71,8 @@ def canonical_json(plan: Plan) -> bytes:
 
 def _plan(raw: object) -> Plan:
     if not isinstance(raw, dict):
-        raise PlanInvalid(f"a plan is a mapping of keys to values, not a {type(raw).__name__}")
+        what = "it is empty" if raw is None else f"this is a {type(raw).__name__}"
+        raise PlanInvalid(f"a plan is a mapping of keys to values; {what}", cure=_EXAMPLE)
     try:
         plan = Plan.model_validate(raw)
     except ValidationError as error:

@@ -48,7 +48,7 @@ class WebServer:
             self._server = _Server((host, port), _Handler)
         except OSError as error:
             raise Unavailable(
-                "PORT_IN_USE", f"The web port {host}:{port} can not be opened: {error.strerror}."
+                "PORT_IN_USE", f"--metrics-port: {host}:{port} can not be opened: {error.strerror}"
             ) from error
         self._server.set_app(self._answer)
         self.port: int = self._server.server_port

@@ -39,6 +39,10 @@ RECORD_AGAIN: Final = 5.0
 """Seconds until an event of the engine's own that could not be recorded (a full disk) is tried again."""
 
 
+_ALARMING: Final = (("status", "paused"), ("status", "failed"))
+"""Notices, by kind and subject, that an operator should see."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outside:
     """What all runs of an engine share."""
@@ -186,7 +190,9 @@ class Runner:
                     self._notices += 1
                     self._watchers.tell(views.notice(self._notices, at, effect))
                     about = "site" if effect.subject in self.run.members else "subject"
-                    log.info(effect.message, kind=effect.kind, round=effect.round, **{about: effect.subject})
+                    alarming = effect.kind == "failure" or (effect.kind, effect.subject) in _ALARMING
+                    tell = log.warning if alarming else log.info
+                    tell(effect.message, kind=effect.kind, round=effect.round, **{about: effect.subject})
         self._idle.follow(self.run.orders.values())
         self._outside.meter.observe(self.run, effects)
         self._outside.changed()

@@ -113,6 +113,9 @@ class Boundary(grpc.aio.ServerInterceptor):
             raise
         except grpc.aio.AbortError:  # gRPC's own servicers answer for themselves
             raise
+        except grpc.aio.InternalError:  # what was written found nobody: the caller has left
+            self._count(method, "CANCELLED")
+            return
         except Exception:
             number = secrets.token_hex(4)
             log.exception("a call failed by a bug", method=method, id=number)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from fsllm_server.engine.events import UpdateRecorded
 from fsllm_server.engine.phases.init import update_of
-from fsllm_server.engine.phases.phase import Phase, names
+from fsllm_server.engine.phases.phase import Phase, complaints, names
 from fsllm_server.engine.state import Kind, Order, Run
 from fsllm_server.engine.turn import Turn
 
@@ -32,7 +32,8 @@ class Collect(Phase):
         quorum = run.plan.cohort.quorum
         got, pending = len(run.updates), len(run.open_orders(Kind.TRAIN))
         if got + pending < quorum:
-            return turn.fail(f"only {got} of the {quorum} updates needed can still come")
+            missing = [site for site in run.cohort if site not in run.updates]
+            return turn.fail(f"only {got} of the {quorum} updates needed can still come{complaints(run, missing)}")
         if not pending or got >= (run.plan.cohort.size or len(run.cohort)):
             return "reduce"
         if DEADLINE in run.overdue:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from fsllm_server.engine.events import UpdateRecorded
 from fsllm_server.engine.phases.evaluate import evaluation_due
-from fsllm_server.engine.phases.phase import Phase, missing, names
+from fsllm_server.engine.phases.phase import Phase, complaints, missing, names
 from fsllm_server.engine.state import Kind, Order, Run, Standing, Update
 from fsllm_server.engine.turn import Turn
 
@@ -48,7 +48,7 @@ class Init(Phase):
             return None
         able = [site for site in joined if site not in run.builders]
         if not able:
-            return turn.fail("no site could build version 0")
+            return turn.fail(f"no site could build version 0{complaints(run, run.builders)}")
         turn.clear_timers()
         turn.update(builders=(*run.builders, able[0]), overdue=frozenset({GATHER}))
         turn.send(able[0], Kind.BUILD)

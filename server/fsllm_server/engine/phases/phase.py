@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Final
 
 from fsllm_server.engine.events import Reduced, ReduceFailed, UpdateRecorded
 from fsllm_server.engine.state import Order, Run
 from fsllm_server.engine.turn import Turn
+
+_COMPLAINTS: Final = 3
+"""So many sites are quoted when an attempt fails."""
 
 
 class Phase:
@@ -58,3 +62,10 @@ def names(members: list[str]) -> str:
     """Return 'a, b, c and 4 more'."""
     shown, rest = members[:5], len(members) - 5
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+def complaints(run: Run, members: Iterable[str]) -> str:
+    """Return ' (a: why; b: why)' of the first of these members who said why; nothing when none did."""
+    said = [f"{name}: {why}" for name in members if (why := run.members[name].message)]
+    more = f"; and {len(said) - _COMPLAINTS} more" if len(said) > _COMPLAINTS else ""
+    return f" ({'; '.join(said[:_COMPLAINTS])}{more})" if said else ""
