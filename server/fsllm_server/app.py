@@ -137,7 +137,7 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         web.start()
         readiness.serving = True
         here = Started(f"{settings.local_host}:{port}", port, enrollment_port, web.port, federation, os.getpid(), first)
-        write_atomic(state.root / SERVER_FILE, json.dumps(asdict(here), indent=2).encode() + b"\n")
+        write_atomic(state.root / SERVER_FILE, json.dumps(asdict(here), indent=2).encode() + b"\n", mode=0o600)
         stack.callback((state.root / SERVER_FILE).unlink, missing_ok=True)
         log.info("serving", **asdict(here))
         started(here)

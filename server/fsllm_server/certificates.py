@@ -41,7 +41,7 @@ def open_authority(state: Path, federation: str | None) -> tuple[CertificateAuth
         raise SettingsInvalid(message, cure="Leave the setting out, or choose another --state-dir.")
     first = not path.exists()
     authority = CertificateAuthority.open(state / "authority", name)
-    write_atomic(path, f"{name}\n".encode())
+    write_atomic(path, f"{name}\n".encode(), mode=0o600)
     return authority, name, first
 
 

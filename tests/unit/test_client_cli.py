@@ -39,7 +39,7 @@ def run(*arguments: str) -> Result:
     ("arguments", "told", "code"),
     [
         ((), "--server is required", 3),
-        (("--server", "host"), "host:port", 3),
+        (("--server", "host"), "--server: a server is written host:port", 3),
         (("--server", "h:1", "--data", "/nowhere"), "--data: /nowhere does not exist", 3),
         (("--server", "h:1", "--data", "/", "--ranks", "0"), "--ranks", 3),
         (("--server", "h:1", "--data", "/"), "NOT_ENROLLED", 6),
@@ -56,6 +56,17 @@ def test_a_mistake_is_told_in_words_with_its_exit_code(arguments: tuple[str, ...
     assert told in done.output
     assert "Traceback" not in done.output
     assert done.exit_code == code
+
+
+def test_the_doctor_leaves_the_names_of_fields_to_the_plan(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,reply\nprivate,words\n")
+    done = run("doctor", "--json", "--data", str(rows))
+    (check,) = [check for check in json.loads(done.output) if check["name"] == "data"]
+    assert check["outcome"] == "warning"
+    assert "instruction and output" in check["message"]
+    assert "fields: {instruction: question" in check["cure"]
+    assert "private" not in done.output
 
 
 def test_help_shows_the_daemons_settings_and_the_commands() -> None:

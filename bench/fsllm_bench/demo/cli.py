@@ -182,7 +182,11 @@ def _run(
         alone = {f"{site} alone": path for site, path in written.alone.items()}
         others = {_POOLED: written.pooled, **alone} if compare else {}
         if others:
-            console.print("\nFor comparison, the same number of steps on less, and on all data in one place:")
+            console.print(
+                "\nFor comparison, each site alone (as many steps as it took in the federation) and all data in "
+                "one place (as many as the sites took together):",
+                soft_wrap=True,
+            )
         for path in others.values():
             operator("run", "submit", str(path))
         for path in others.values():

@@ -44,7 +44,10 @@ _SMOLLM2: dict[str, Any] = deepcopy(_EMBEDDED) | {
 
 @dataclass(frozen=True)
 class Plans:
-    """The plan files of one demo. Every way of training takes the same number of steps a site."""
+    """The plan files of one demo.
+
+    A site alone takes as many steps as it takes in the federation, and the pool as many as all its sites together.
+    """
 
     federation: Path
     alone: Mapping[str, Path]
@@ -73,9 +76,10 @@ def write(
         plan["evaluate"]["normalizer"] = normalizer
     folder.mkdir(parents=True, exist_ok=True)
 
-    def variant(name: str, sites: list[str], every: int) -> Path:
+    def variant(name: str, sites: list[str], every: int, times: int = 1) -> Path:
         path = folder / f"{name}.yaml"
         content = {"name": name} | plan | {"cohort": {"sites": sites, "quorum": len(sites)}}
+        content["train"] = plan["train"] | {"steps": plan["train"]["steps"] * times}
         content["evaluate"] = plan["evaluate"] | {"every": every}
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
@@ -83,5 +87,5 @@ def write(
     return Plans(
         federation=variant("federation", list(SITES), 1),
         alone={site: variant(f"{site}-alone", [site], plan["rounds"]) for site in SITES},
-        pooled=variant("pooled", [POOLED], plan["rounds"]),
+        pooled=variant("pooled", [POOLED], plan["rounds"], times=len(SITES)),
     )

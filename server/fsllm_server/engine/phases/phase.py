@@ -66,6 +66,7 @@ def names(members: list[str]) -> str:
 
 def complaints(run: Run, members: Iterable[str]) -> str:
     """Return ' (a: why; b: why)' of the first of these members who said why; nothing when none did."""
-    said = [f"{name}: {why}" for name in members if (why := run.members[name].message)]
+    known = [run.members[name] for name in members if name in run.members]  # one may have been revoked since
+    said = [f"{member.name}: {member.message}" for member in known if member.message]
     more = f"; and {len(said) - _COMPLAINTS} more" if len(said) > _COMPLAINTS else ""
     return f" ({'; '.join(said[:_COMPLAINTS])}{more})" if said else ""
