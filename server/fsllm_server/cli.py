@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 import click
+from click.core import ParameterSource
 
 from fsllm_common import __version__
 from fsllm_common.errors import Exit
@@ -36,6 +37,8 @@ def main(context: click.Context, settings: ServerSettings) -> None:
     """Run the server of a federation. It needs no flag: the first start makes all it needs in its state folder."""
     if context.invoked_subcommand is None:
         _run(settings)
+    elif any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in context.params):
+        raise click.UsageError(f"Settings stand after the command: fsllm-server {context.invoked_subcommand} ...")
 
 
 @main.command(epilog="Exit codes: 0 when nothing is wrong, else that of the first thing wrong (docs/errors.md).")

@@ -465,6 +465,19 @@ def test_a_site_whose_version_0_differs_is_out() -> None:
     assert [o.member for o in run.open_orders(Kind.TRAIN)] == ["a", "b"]
 
 
+def test_a_site_that_declined_is_asked_again_when_it_comes_back_or_the_run_is_resumed() -> None:
+    run, _ = played(make_plan(), *attach("a"))
+    run = go(run, *answer_all(run, Kind.JOIN, "declined", reason="DATA_INVALID", message="line 2"))
+    assert run.members["a"].standing is Standing.DECLINED
+    assert run.open_orders(Kind.JOIN) == []
+    run = go(run, *attach("a"))
+    assert [o.member for o in run.open_orders(Kind.JOIN)] == ["a"]
+    assert run.members["a"].message == ""
+    run = go(run, *answer_all(run, Kind.JOIN, "declined", reason="DATA_INVALID", message="line 2"))
+    run = go(run, events.Paused(at=3), events.Resumed(at=4))
+    assert [o.member for o in run.open_orders(Kind.JOIN)] == ["a"]
+
+
 def test_a_late_site_checks_before_it_trains() -> None:
     run = ready(make_plan(), "a", "b")
     run = go(run, *attach("c"))

@@ -377,7 +377,7 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Declined(_message.Message):
-    """The site will not do this, by its policy or its means. It is not asked again in this run."""
+    """The site will not do this, by its policy or its means. It is asked again when it attaches anew or the run is resumed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

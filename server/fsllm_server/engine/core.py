@@ -180,6 +180,7 @@ def _attached(turn: Turn, event: MemberAttached) -> None:
         return
     if name in run.members:
         turn.update_member(name, attached=True, role=event.role)
+        _reconsider(turn, name)
     else:
         turn.update(members={**run.members, name: Member(name, event.role)})
     turn.notify("member", name, f"{name} is attached")
@@ -190,6 +191,12 @@ def _attached(turn: Turn, event: MemberAttached) -> None:
     for order_id in sorted(held - turn.run.orders.keys()):
         turn.effects.append(WithdrawOrder(name, order_id, "ORDER_UNKNOWN", "The run went on without this order"))
     turn.nudge(name)
+
+
+def _reconsider(turn: Turn, name: str) -> None:
+    """Ask a member that had declined again: its data, model or policy may have been mended since."""
+    if turn.run.members[name].standing is Standing.DECLINED:
+        turn.update_member(name, standing=Standing.OFFERED, message="")
 
 
 def _forgotten(turn: Turn, name: str) -> None:
@@ -303,6 +310,8 @@ def _restarted(turn: Turn) -> None:
 def _resumed(turn: Turn) -> None:
     turn.update(status=Status.RUNNING, reason="", message="", failures=0, phase_since=turn.at)
     turn.notify("status", Status.RUNNING, "resumed by an operator")
+    for name in sorted(turn.run.members):
+        _reconsider(turn, name)
     turn.nudge_all()
     if (phase := PHASES[turn.run.phase].resume(turn)) is not None:
         _move(turn, phase)
