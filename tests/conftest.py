@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fsllm_client.trainer.cpu_adam import default_folder
+
 if TYPE_CHECKING:
     from fsllm_client.trainer.group import Group
 
@@ -18,7 +20,7 @@ for name, value in {
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
-    "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "fsllm" / "torch_extensions"),
+    "TORCH_EXTENSIONS_DIR": str(default_folder()),
 }.items():
     os.environ.setdefault(name, value)
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt
 
 from fsllm_client.site.state import default_state_folder
+from fsllm_client.trainer.cpu_adam import default_folder
 from fsllm_common.settings import Settings
 
 
@@ -61,7 +62,8 @@ class ClientSettings(SiteSettings):
     )
     torch_extensions_dir: Path | None = Field(
         default=None,
-        description="Where DeepSpeed keeps its compiled CPU Adam; the user's cache when not given.",
+        description="Where DeepSpeed keeps its compiled CPU Adam; when not given, the virtual environment that `make` "
+        "built it in, or the user's cache.",
     )
     metrics_listen: str = Field(default="127.0.0.1", description="Address of /metrics, /healthz and /readyz.")
     metrics_port: Port | None = Field(
@@ -81,4 +83,4 @@ def extensions_folder(given: Path | None) -> Path | None:
         return given
     if variable := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(variable)
-    return None if os.environ.get("STATE_DIRECTORY") else Path.home() / ".cache" / "fsllm" / "torch_extensions"
+    return None if os.environ.get("STATE_DIRECTORY") else default_folder()

@@ -76,10 +76,16 @@ def build() -> None:
         ) from error
 
 
+def default_folder() -> Path:
+    """Return where the operators lie when nothing says so: in the virtual environment if built there, or the cache."""
+    beside = Path(sys.prefix) / "torch_extensions"
+    return beside if beside.is_dir() else Path.home() / ".cache" / "fsllm" / "torch_extensions"
+
+
 def main() -> int:
-    """Build for this user, under TORCH_EXTENSIONS_DIR or torch's own place."""
+    """Build for this user, under TORCH_EXTENSIONS_DIR or the default folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "fsllm" / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default_folder()))
     build()
     _log.info("CPU Adam is ready in %s", os.environ["TORCH_EXTENSIONS_DIR"])
     return 0
