@@ -8,6 +8,7 @@ engine's reducer) and ``redistribute``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -71,7 +72,7 @@ class LocalRule:
         return delta
 
 
-class Algorithm:
+class Algorithm(ABC):
     """The server half: how acknowledged deltas become the next global version. Holds no state between rounds."""
 
     name: ClassVar[str]
@@ -81,13 +82,13 @@ class Algorithm:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
+    @abstractmethod
     def weigh(self, updates: Sequence[Update]) -> list[float]:
         """Return each update's share in the sum, in the order given. Shares are positive and sum to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, base: npt.NDArray[np.float32], mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return a block of the next version from the same block of the base and of the weighted mean delta.
 
         Called block by block, so it must work elementwise. Must not change its arguments.
         """
-        raise NotImplementedError

@@ -3,6 +3,7 @@ come."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,11 +38,12 @@ class Facts:
         return out
 
 
-class Stage:
+class Stage(ABC):
     """One stage of a plan's pipeline, both halves."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def client(self, delta: Arrays, facts: Facts) -> None:
         """Change the delta (float32, by name) in place, and note what was done.
 
@@ -49,8 +51,8 @@ class Stage:
             FsllmError: NOT_FINITE.
 
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def bound(self, norm: float, parameters: int) -> float:
         """Return the largest L2 norm that can honestly come out of the stage when at most ``norm`` went in.
 
@@ -59,4 +61,3 @@ class Stage:
             parameters: The number of elements of the delta.
 
         """
-        raise NotImplementedError
