@@ -26,7 +26,8 @@ from fsllm.v1.control_pb2 import WatchRunResponse as RunEvent
 from fsllm_bench.embedded import model_path
 from fsllm_bench.embedded.tasks import write_federation
 
-pytestmark = pytest.mark.slow
+# transformers and PEFT warn of each other.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 PLAN = {
     "name": "ward",
