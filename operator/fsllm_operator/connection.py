@@ -1,8 +1,10 @@
 """The operator's channel to the server: calls that raise our errors, and streams that outlive a server's restart."""
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Final, Self, TypeVar
 
 import grpc
@@ -53,6 +55,8 @@ class Connection:
         self.exports: grpc.UnaryStreamMultiCallable[ExportRunRequest, bytes] = self._channel.unary_stream(
             "/fsllm.v1.ControlService/ExportRun", request_serializer=ExportRunRequest.SerializeToString
         )
+        self._stream: grpc.Call | None = None
+        self._interrupted = False
 
     def __enter__(self) -> Self:
         return self
@@ -113,9 +117,10 @@ class Connection:
         """
         while True:
             try:
-                for event in self.control.WatchRun(
+                self._stream = stream = self.control.WatchRun(
                     WatchRunRequest(run_id=run_id, after_sequence=after), wait_for_ready=True
-                ):
+                )
+                for event in stream:
                     after = max(after, event.sequence)
                     yield event
                 # The stream also ends when the server stops.
@@ -123,6 +128,8 @@ class Connection:
                     return
                 meaning: FsllmError = Unavailable("SERVER_STOPPING", f"The server at {self.server} stops")
             except grpc.RpcError as error:
+                if self._interrupted:
+                    raise KeyboardInterrupt from None
                 meaning = explain(error, self.server)
             except Unavailable as error:
                 meaning = error
@@ -130,6 +137,26 @@ class Connection:
                 raise meaning
             lost(meaning)
             wait(meaning)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """See to it that Ctrl-C ends ``watch``.
+
+        Python raises KeyboardInterrupt wherever the program stands. gRPC's compiled parts swallow it when that is in
+        one of them, so the stream is cancelled too.
+        """
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            if self._stream is not None:
+                self._stream.cancel()
+            signal.default_int_handler(number, frame)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 def wait(error: FsllmError) -> None:

@@ -44,7 +44,7 @@ def follow(connection: Connection, run: Run, *, as_json: bool = False, console: 
         click.echo(watched.message, err=True)
 
     try:
-        with screen:
+        with connection.interruptible(), screen:
             for event in connection.watch(run.run_id, lost=lost):
                 if not watched.apply(event):
                     continue

@@ -32,11 +32,11 @@ _EMBEDDED: dict[str, Any] = {
 }
 
 _SMOLLM2: dict[str, Any] = deepcopy(_EMBEDDED) | {
-    "rounds": 3,
+    "rounds": 2,
     "model": {"name": "smollm2"},
-    "train": {"steps": 6, "batch_size": 4, "learning_rate": 5e-4, "precision": "bf16", "optimizer_state": "reset"},
-    "data": {"template": "tokenizer", "max_length": 256, "packing": True, "validation_limit": 10},
-    "evaluate": {"metrics": ["loss", "exact_match"], "limit": 32, "max_new_tokens": 120, "normalizer": "gsm8k"},
+    "train": {"steps": 6, "batch_size": 4, "learning_rate": 5e-4, "precision": "fp32", "optimizer_state": "reset"},
+    "data": {"template": "tokenizer", "max_length": 256, "packing": True, "validation_limit": 8},
+    "evaluate": {"metrics": ["loss", "exact_match"], "limit": 16, "max_new_tokens": 100, "normalizer": "gsm8k"},
     "wire": {"element_type": "bf16"},
     "timing": {"gather_seconds": 1.0, "idle_seconds": 600, "evaluate_seconds": 3600},
 }
