@@ -584,8 +584,8 @@ def test_after_a_restart_recruiting_waits_a_moment_for_the_others() -> None:
 
 
 def test_evaluation_is_as_often_as_the_plan_says() -> None:
-    def evaluated(every: int, trains: bool) -> list[int]:
-        run = ready(make_plan(rounds=5, evaluate={"every": every}), "a", "b", trains=trains)
+    def evaluated(every: int, trains: bool, base: bool = True) -> list[int]:
+        run = ready(make_plan(rounds=5, evaluate={"every": every, "base": base}), "a", "b", trains=trains)
         rounds = []
         while run.active:
             if run.phase == "evaluate":
@@ -598,6 +598,7 @@ def test_evaluation_is_as_often_as_the_plan_says() -> None:
         assert run.status is Status.DONE
         return rounds
 
+    assert evaluated(2, trains=True, base=False) == [2, 4, 5]
     assert evaluated(1, True) == [0, 1, 2, 3, 4, 5]
     assert evaluated(2, True) == [0, 2, 4, 5]
     assert evaluated(0, True) == []

@@ -80,7 +80,7 @@ def write(
         path = folder / f"{name}.yaml"
         content = {"name": name} | plan | {"cohort": {"sites": sites, "quorum": len(sites)}}
         content["train"] = plan["train"] | {"steps": plan["train"]["steps"] * times}
-        content["evaluate"] = plan["evaluate"] | {"every": every}
+        content["evaluate"] = plan["evaluate"] | {"every": every, "base": every == 1}
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
 

@@ -183,6 +183,7 @@ class Evaluate(Section):
     """What is measured at the end of a round."""
 
     every: int = Field(default=1, ge=0, description="Rounds between evaluations; 0: never. The last round always is.")
+    base: bool = Field(default=True, description="Measure version 0 too: the base model.")
     metrics: tuple[Literal["loss", "perplexity", "exact_match"], ...] = ("loss", "perplexity")
     limit: PositiveInt = Field(default=200, description="At most so many examples a member.")
     max_new_tokens: PositiveInt = Field(default=32, description="For exact_match, greedy.")

@@ -14,7 +14,9 @@ DEADLINE = "evaluate"
 def evaluation_due(run: Run) -> bool:
     """Is the round's version to be evaluated?"""
     every = run.plan.evaluate.every
-    return run.needs_trainer and every > 0 and (run.round % every == 0 or run.round == run.plan.rounds)
+    if not run.needs_trainer or every == 0:
+        return False
+    return run.plan.evaluate.base if run.round == 0 else run.round % every == 0 or run.round == run.plan.rounds
 
 
 class Evaluate(Phase):
