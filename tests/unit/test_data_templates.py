@@ -6,8 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fsllm_client.data.rows import Example, Place, Role, Turn
-from fsllm_client.data.templates import TEMPLATES, Segment, check_template, renderer
+from fsllm_client.data.templates import Segment, check_template, renderer
 from fsllm_common.errors import PlanInvalid
+from fsllm_common.plan.combinations import TEMPLATES
 
 PLACE = Place(Path("a"), 1)
 NO_TOKENIZER: PreTrainedTokenizerFast = None  # the named templates do not look at it

@@ -16,10 +16,10 @@ from fsllm_client.trainer.adapters import adapter_parameters, attach, config_jso
 from fsllm_client.trainer.base_model import check_folder, load_model, shape_of_model
 from fsllm_client.trainer.export import peft_tensors
 from fsllm_client.trainer.loop import token_losses
-from fsllm_client.trainer.roles import tensor_role
 from fsllm_client.trainer.tensor_files import read_metadata, read_tensors, write_tensors
 from fsllm_common.errors import ModelUnusable
 from fsllm_common.plan import Plan
+from fsllm_common.tensors.manifest import role_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -133,7 +133,7 @@ def test_the_configuration_names_the_model_as_the_plan_does_and_no_path(kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_has_its_role(kind: str, tiny_model: Path) -> None:
-    roles = {tensor_role(name) for name in _initial(kind, tiny_model)[0]}
+    roles = {role_of(name) for name in _initial(kind, tiny_model)[0]}
     lora = {tensors_pb2.TENSOR_ROLE_LORA_A, tensors_pb2.TENSOR_ROLE_LORA_B}
     expected = {
         "lora": lora,

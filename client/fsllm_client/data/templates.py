@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from fsllm_client.data.rows import Example, Turn
 from fsllm_common.errors import DataInvalid, PlanInvalid
+from fsllm_common.plan.combinations import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATES: Final = ("tokenizer", "alpaca", "chatml", "brief", "plain")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from fsllm_common.identity.names import check_name
 from fsllm_common.plan.schema import Clip, Noise, Plan
 from fsllm_common.tensors.manifest import MAX_TENSORS
 
-TEMPLATES: Final = ("tokenizer", "alpaca", "plain", "chatml", "brief")
+TEMPLATES: Final = ("tokenizer", "alpaca", "chatml", "brief", "plain")
 PROMPT_KINDS: Final = ("prefix", "prompt", "p-tuning")
 SYNTHETIC_MODEL: Final = "synthetic"
 
