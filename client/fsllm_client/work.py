@@ -35,6 +35,7 @@ from fsllm_client.site.state import StateFolder
 from fsllm_client.trainer.orders import Advanced, Build, Evaluate, Finished, Prepare, Train
 from fsllm_client.workshop import Workshop, account
 from fsllm_common.errors import FsllmError, InputError
+from fsllm_common.failpoints import reach
 from fsllm_common.plan import Plan
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
@@ -313,7 +314,9 @@ class Work:
             if error.reason in _USELESS:
                 self._outbox.remove(parcel)
             raise
+        reach("receipt.received")
         self._outbox.remove(parcel)
+        reach("parcel.removed")
         log.info(
             "delivered", bytes=receipt.payload_bytes, digest=receipt.digest.hex()[:12], duplicate=receipt.duplicate
         )

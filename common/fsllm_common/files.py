@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fsllm_common.errors import Unavailable
+from fsllm_common.failpoints import reach
 
 
 @contextmanager
@@ -30,7 +31,9 @@ def sync_folder(folder: Path) -> None:
     """Make renames and removals in ``folder`` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        reach("folder.sync")
         os.fsync(descriptor)
+        reach("folder.synced")
     finally:
         os.close(descriptor)
 
@@ -55,10 +58,13 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
             descriptor = os.open(fresh, os.O_RDONLY)
             try:
                 os.fchmod(descriptor, mode)
+                reach("file.sync")
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+            reach("file.rename")
             fresh.replace(path)
+            reach("file.renamed")
         except BaseException:
             with suppress(FileNotFoundError):
                 fresh.unlink()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from fsllm_client.site.policy import PlanNoise
 from fsllm_client.site.state import FILE_MODE
 from fsllm_common.errors import FsllmError
+from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, sync_folder
 
 Accountant = Callable[[float, int, float], Awaitable[float]]
@@ -118,7 +119,9 @@ class Ledger:
                 written = os.pwrite(descriptor, line, self._whole)
                 if written != len(line):
                     written += os.pwrite(descriptor, line[written:], self._whole + written)
+                reach("ledger.sync")
                 os.fsync(descriptor)
+                reach("ledger.synced")
             finally:
                 os.close(descriptor)
             if created:

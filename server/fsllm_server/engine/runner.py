@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fsllm.v1 import control_pb2, federation_pb2
 from fsllm_common.errors import FsllmError, Unavailable
+from fsllm_common.failpoints import reach
 from fsllm_common.telemetry.logs import bound, get_logger
 from fsllm_server.engine import core, views
 from fsllm_server.engine.effects import (
@@ -154,7 +155,9 @@ class Runner:
         entry = Entry(self._sequence + 1, event.at, event.kind, dump(event))
         while True:
             try:
+                reach("event.append")
                 await self._outside.log.append(self.run.id, entry)
+                reach("event.appended")
                 break
             except FsllmError as error:
                 if not keep_trying or self._stopped.is_set():

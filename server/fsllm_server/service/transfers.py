@@ -8,6 +8,7 @@ from typing import Final
 
 from fsllm.v1.federation_pb2 import DownloadResponse, Queued, Ready, Receipt, UploadBegin, UploadResponse
 from fsllm_common.errors import FsllmError, Unavailable, UpdateRejected
+from fsllm_common.failpoints import reach
 from fsllm_common.telemetry.logs import bind
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_common.tensors.chunks import CHUNK, Piece, parse_upload, read_chunks
@@ -90,6 +91,7 @@ class Uploads:
                     receipt = await self._receive(expected, spool, requests)
                 self._metrics.upload_seconds.observe(time.monotonic() - admitted)
                 self._metrics.upload_bytes.observe(receipt.payload_bytes)
+            reach("receipt.send")
             yield UploadResponse(receipt=receipt)
         finally:
             if self._streams.get(member) is call:

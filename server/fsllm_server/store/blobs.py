@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError
+from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, sync_folder
 from fsllm_common.tensors.manifest import PayloadDigest
 from fsllm_server.store.files import demand_space, make_folder, write_all
@@ -119,6 +120,7 @@ class BlobWriter:
         self._manifest.digest = self._digest.digest()
         place = self._folder / self._manifest.digest.hex()
         with disk_errors(self._folder):
+            reach("blob.sync")
             os.fsync(self._file)
             os.close(self._file)
             self._file = -1
@@ -127,7 +129,10 @@ class BlobWriter:
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self._new)
+            reach("blob.synced")
             if not place.exists():
+                reach("blob.rename")
                 self._new.rename(place)
                 sync_folder(self._folder)
+                reach("blob.renamed")
         return StoredVersion(self._manifest, place / "payload")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, UpdateRejected
+from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, write_atomic
 from fsllm_server.store.blobs import StoredVersion
 from fsllm_server.store.files import demand_space, make_folder, write_all
@@ -119,7 +120,9 @@ class Spool:
     def _sync(self, manifest: Manifest) -> None:
         """Make payload, manifest and their names durable."""
         with disk_errors(self.path.parent):
+            reach("spool.sync")
             os.fdatasync(self._file)
+            reach("spool.synced")
             write_atomic(self.path.with_suffix(".manifest"), manifest.SerializeToString(), mode=0o600)
 
 
