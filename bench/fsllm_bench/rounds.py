@@ -2,116 +2,146 @@
 
 Real daemons over mTLS on loopback; every site sends a made-up float32 delta (``algorithm.name: noop``), which the
 server spools, syncs, verifies, folds and publishes as any other. A round is the time between two commits, so it holds
-every upload, the fold, and every download.
+every upload, the fold, and every download. Beside it the floor: the same bytes through bare gRPC (see ``floor``).
 """
 
 import itertools
 import json
 import statistics
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fsllm_bench.daemons import Daemons, command, daemon_environment
+from fsllm_bench.federation import cpu_seconds, federation
+from fsllm_bench.floor import floor
+from fsllm_bench.report import markdown, write_section
+from fsllm_server.settings import ServerSettings
 
-SIZES = (8, 64, 256)
-SITES = (2, 4, 8)
+CELLS = (*(f"{size}x{sites}" for size in (8, 64, 256) for sites in (2, 4, 8)), "8x32", "64x32")
+WARM = 3
+"""Rounds in front that are not counted: caches fill, libraries are loaded."""
 
-
-@contextmanager
-def federation(sites: int) -> Iterator[tuple[Path, int]]:
-    """Start a server and so many sites; yield the server's state folder and its pid."""
-    with tempfile.TemporaryDirectory(prefix="fsllm-rounds-") as name:
-        folder = Path(name)
-        state = folder / "server"
-        with Daemons(folder / "logs", daemon_environment()) as daemons:
-            pid = daemons.start(
-                "server",
-                [command("fsllm-server"), "--port", "0", "--metrics-port", "0", "--state-dir", str(state)],
-                await_ready=True,
-            )
-            port = json.loads((state / "server.json").read_text())["port"]
-            data = folder / "data"
-            data.mkdir()
-            for number in range(sites):
-                join = folder / f"site-{number}.join"
-                _fsllm(state, "site", "invite", f"site-{number}", "--host", "localhost", "-o", str(join))
-                daemons.start(
-                    f"site-{number}",
-                    [
-                        command("fsllm-client"),
-                        *("--server", f"localhost:{port}", "--data", str(data), "--join", str(join)),
-                        *("--state-dir", str(folder / f"site-{number}"), "--metrics-port", "0"),
-                    ],
-                )
-            yield state, pid
+COLUMNS = (
+    "MiB of float32",
+    "sites",
+    "s a round",
+    "floor, s",
+    "ratio",
+    "server CPU, s",
+    "server's peak, MiB",
+    "allowed",
+)
 
 
-def measure(sites: int, mebibytes: float, rounds: int) -> tuple[float, float]:
-    """Return (median seconds a round, the server's peak resident MiB) of a fresh federation."""
-    with federation(sites) as (state, pid):
-        plan = {
-            "name": "rounds",
-            "rounds": rounds,
-            "model": {"name": "synthetic"},
-            "algorithm": {"name": "noop", "synthetic": {"tensors": 64, "mebibytes": mebibytes}},
-            "cohort": {"quorum": sites},
-            "wire": {"element_type": "fp32"},
-            "evaluate": {"every": 0, "metrics": []},
-        }
-        path = state.parent / "plan.yaml"
-        path.write_text(yaml.safe_dump(plan))
-        _fsllm(state, "run", "submit", str(path), "--watch")
-        run: dict[str, Any] = json.loads(_fsllm(state, "run", "show", "rounds", "--json"))
-        at = [datetime.fromisoformat(commit["at"]) for commit in run["commits"]]
-        peak = next(
-            int(line.split()[1]) / 1024
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-            if line.startswith("VmHWM")
-        )
-    seconds = [(after - before).total_seconds() for before, after in itertools.pairwise(at)]
-    return statistics.median(seconds[1:] or seconds), peak
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One cell."""
+
+    mebibytes: float
+    sites: int
+    seconds: float
+    """The median of the rounds."""
+    floor_seconds: float
+    server_cpu_seconds: float
+    """A round, over the whole run."""
+    peak_mebibytes: float
+    """Resident memory of the server, at most."""
+    allowed_mebibytes: float
+    """120 MiB, 1.2 times the payload, and 32 MiB for each upload that proceeds at a time."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times longer a round takes than the floor."""
+        return self.seconds / self.floor_seconds
+
+    def row(self) -> list[str]:
+        """Return the cell as a line of the table."""
+        return [
+            f"{self.mebibytes:g}",
+            str(self.sites),
+            f"{self.seconds:.2f}",
+            f"{self.floor_seconds:.2f}",
+            f"{self.ratio:.2f}",
+            f"{self.server_cpu_seconds:.2f}",
+            f"{self.peak_mebibytes:.0f}",
+            f"{self.allowed_mebibytes:.0f}",
+        ]
 
 
-def _fsllm(state: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [command("fsllm"), *arguments],
-        env=daemon_environment() | {"FSLLM_STATE_DIR": str(state), "HOME": str(state.parent)},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"fsllm {' '.join(arguments)}: {done.stderr}")
-    return done.stdout
+def measure(mebibytes: float, sites: int, rounds: int) -> Measured:
+    """Measure a cell in a fresh federation, then its floor."""
+    seconds, cpu, peak = measure_rounds(mebibytes, sites, rounds)
+    streams = min(sites, ServerSettings.model_fields["uploads_at_once"].default)
+    allowed = 120 + 1.2 * mebibytes + 32 * streams
+    return Measured(mebibytes, sites, seconds, floor(sites, mebibytes, rounds), cpu, peak, allowed)
+
+
+def measure_rounds(mebibytes: float, sites: int, rounds: int) -> tuple[float, float, float]:
+    """Return the median seconds of a round, the server's processor seconds a round, and its peak memory in MiB."""
+    with federation(sites) as here:
+        before = cpu_seconds(here.pid)
+        run = here.run_rounds("rounds", WARM + rounds, sites, mebibytes)
+        cpu = (cpu_seconds(here.pid) - before) / (WARM + rounds)
+        return statistics.median(round_seconds(run)[WARM:]), cpu, here.server_peak()
+
+
+def round_seconds(run: dict[str, Any]) -> list[float]:
+    """Return the time between commits, from version 0 on."""
+    at = [datetime.fromisoformat(commit["at"]) for commit in run["commits"]]
+    return [(after - before).total_seconds() for before, after in itertools.pairwise(at)]
+
+
+def parse_cell(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[float, int]]:
+    """Return (MiB, sites) of each ``MIBxSITES``."""
+    try:
+        return [(float(size), int(sites)) for size, sites in (text.split("x") for text in texts)]
+    except ValueError as error:
+        raise click.BadParameter("a cell is MIBxSITES, e.g. 64x8") from error
 
 
 @click.command()
-@click.option("--rounds", default=6, show_default=True, help="Rounds a cell; the first is not counted.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def main(rounds: int, *, as_json: bool) -> None:
-    """Measure every size with every number of sites."""
-    console = Console()
-    table = Table("MiB of float32", "sites", "s a round", "server's peak MiB", title="Rounds without training")
-    for mebibytes in SIZES:
-        for sites in SITES:
-            seconds, peak = measure(sites, mebibytes, rounds)
+@click.option(
+    "--cell", "cells", multiple=True, default=CELLS, callback=parse_cell, help="MIBxSITES; several times. [all]"
+)
+@click.option("--rounds", default=5, show_default=True, help=f"Rounds a cell that count; {WARM} more go before.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, as soon as it is known.")
+@click.option(
+    "--write", type=click.Path(path_type=Path, exists=True), help="The page whose section gets the table.", default=None
+)
+def main(cells: list[tuple[float, int]], rounds: int, *, as_json: bool, write: Path | None) -> None:
+    """Measure rounds without training: seconds, their floor, and the server's memory.
+
+    State lies in the folder for temporary files (TMPDIR): it should be on a real disk, with 20 GB free for all cells.
+    """
+    console = Console(stderr=as_json)
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    table = Table(*COLUMNS, title="Rounds without training")
+    done: list[Measured] = []
+    with bars:
+        task = bars.add_task("", total=len(cells))
+        for mebibytes, sites in cells:
+            bars.update(task, description=f"{mebibytes:g} MiB x {sites} sites")
+            cell = measure(mebibytes, sites, rounds)
+            done.append(cell)
+            table.add_row(*cell.row())
             if as_json:
-                click.echo(json.dumps({"mib": mebibytes, "sites": sites, "seconds": seconds, "peak_mib": peak}))
-            else:
-                console.print(f"[dim]{mebibytes} MiB x {sites}: {seconds:.2f} s, {peak:.0f} MiB[/dim]")
-            table.add_row(str(mebibytes), str(sites), f"{seconds:.2f}", f"{peak:.0f}")
+                click.echo(json.dumps(asdict(cell) | {"ratio": cell.ratio}))
+            bars.advance(task)
     if not as_json:
         console.print(table)
+    if write is not None:
+        write_section(write, "rounds", ["make bench"], markdown(COLUMNS, [cell.row() for cell in done]))
+    if over := [cell for cell in done if cell.peak_mebibytes > cell.allowed_mebibytes]:
+        sys.exit(f"The server took more memory than allowed in {len(over)} cells")
 
 
 if __name__ == "__main__":

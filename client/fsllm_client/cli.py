@@ -86,7 +86,7 @@ def runs(settings: SiteSettings, as_json: bool) -> None:
     """List the runs that were offered to this site."""
     from fsllm_client.site.runs import RunBook
 
-    known = RunBook(StateFolder(settings.state_dir).runs).all()
+    known = RunBook(StateFolder.existing(settings.state_dir).runs).all()
     if as_json:
         click.echo(json.dumps([asdict(run) for run in known], indent=2))
         return
@@ -103,7 +103,7 @@ def accept(run: str, settings: SiteSettings) -> None:
     """Accept a run that waits for a person: its id, the beginning of it, or its name."""
     from fsllm_client.site.runs import RunBook
 
-    state = StateFolder(settings.state_dir)
+    state = StateFolder.existing(settings.state_dir)
     book = RunBook(state.runs)
     found = book.accept(run)
     click.echo(f"Accepted {found.run_id} ({found.name}). Its plan: {book.plan(found.run_id)}")
@@ -120,7 +120,7 @@ def ledger(settings: SiteSettings, as_json: bool) -> None:
     """Show every noised release that left this site, and the privacy it cost."""
     from fsllm_client.site.ledger import Ledger
 
-    releases = Ledger(StateFolder(settings.state_dir).ledger).releases
+    releases = Ledger(StateFolder.existing(settings.state_dir).ledger).releases
     if as_json:
         click.echo(json.dumps([asdict(release) for release in releases], indent=2))
         return
@@ -148,7 +148,7 @@ def explain(plan: Path, role: Any, settings: SiteSettings, as_json: bool) -> Non
     from fsllm_client.site.policy import Policy
     from fsllm_common.plan import plan_from_file
 
-    path = settings.policy or StateFolder(settings.state_dir).policy
+    path = settings.policy or StateFolder(settings.state_dir, make=False).policy
     policy = Policy.read(path) if path.exists() else Policy()
     found = explain_plan(plan_from_file(plan), policy, role, Machine.look())
     if as_json:

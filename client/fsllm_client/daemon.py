@@ -129,7 +129,7 @@ class Daemon:
             if self._policy_is_new:
                 log.info("a policy with the defaults was written; read it", file=str(self._policy_path))
             credential = await credential_for(self._state.identity, self._settings.server, self._settings.join)
-            link = Link(self._settings.server, credential)
+            link = Link(self._settings.server, credential, self._settings.keepalive_seconds)
             stack.push_async_callback(link.close)
             await self._serve(link, stack)
 

@@ -65,6 +65,13 @@ class ClientSettings(SiteSettings):
         description="Where DeepSpeed keeps its compiled CPU Adam; when not given, the virtual environment that `make` "
         "built it in, or the user's cache.",
     )
+    keepalive_seconds: float = Field(
+        default=30,
+        ge=1,
+        le=3600,
+        description="A silent connection to the server is tried after so long, and given up when as long again "
+        "passes without an answer. Not less than the server's.",
+    )
     metrics_listen: str = Field(default="127.0.0.1", description="Address of /metrics, /healthz and /readyz.")
     metrics_port: Port | None = Field(
         default=None, description="Port of /metrics, /healthz and /readyz; 0: a free one; not given: not served."

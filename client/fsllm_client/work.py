@@ -26,6 +26,7 @@ from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_client.link.download import CachedVersion, Downloader
 from fsllm_client.link.upload import Uploader
 from fsllm_client.reporting import Reporter
+from fsllm_client.round_clock import RoundClock
 from fsllm_client.site import payloads, synthetic
 from fsllm_client.site.model import check_model_digest
 from fsllm_client.site.outbox import Outbox, Parcel
@@ -200,13 +201,13 @@ class Work:
     # TRAIN
 
     async def _train(self, job: Job) -> None:
-        order, noise = job.order, self._noise(job.plan)
+        order, noise, clock = job.order, self._noise(job.plan), RoundClock(self._metrics)
         self._outbox.remove_before(order.run_id, order.round)
         parcel = self._outbox.find(order.run_id, order.round, order.base.digest)
         if parcel is None:
             job.policy.refuse(job.plan, self._means.member.role)
             try:
-                parcel = await (self._make_delta(job, noise) if trains(job.plan) else self._make_up_delta(job))
+                parcel = await (self._make_delta(job, noise, clock) if trains(job.plan) else self._make_up_delta(job))
             except FsllmError:
                 self._outbox.abandon(order.run_id, order.round, order.base.digest)  # half of it may fill the disk
                 raise
@@ -216,8 +217,9 @@ class Work:
             spent = await self._budget.forecast(closed_form, order.run_id, job.policy, noise)
             self._budget.record(job.plan, order.run_id, order.round, parcel.digest, noise, spent)
         await self._deliver(job, parcel)
+        clock.acknowledged()
 
-    async def _make_delta(self, job: Job, noise: PlanNoise | None) -> Parcel:
+    async def _make_delta(self, job: Job, noise: PlanNoise | None, clock: RoundClock) -> Parcel:
         order, state = job.order, self._means.state
         job.policy.refuse_hour(datetime.now().astimezone())
         base = await self._adapter_file(job)
@@ -234,7 +236,7 @@ class Work:
                 private = state.private(order.run_id)
                 private.mkdir(mode=0o700, parents=True, exist_ok=True)
                 train = Train(round=order.round, base=base, delta=delta, resume=private)
-                done = await trainer.run(train, self._watch(job))
+                done = await trainer.run(train, self._watch(job, clock))
             payload = self._outbox.prepare(order.run_id, order.round, order.base.digest)
             manifest, facts = await asyncio.to_thread(payloads.encode_delta, delta, job.plan, payload)
         finally:
@@ -351,10 +353,12 @@ class Work:
         )
         return self._workshop.prepared(prepare, self._watch(job))
 
-    def _watch(self, job: Job) -> Callable[[Advanced], None]:
+    def _watch(self, job: Job, clock: RoundClock | None = None) -> Callable[[Advanced], None]:
         """Return what hears the trainer's progress of an order."""
 
         def advanced(step: Advanced) -> None:
+            if clock is not None:
+                clock.advanced(step)
             if step.activity == "training":
                 if "loss" in step.metrics:
                     self._metrics.training_loss.labels(job.order.run_id).set(step.metrics["loss"])

@@ -25,7 +25,7 @@ class Workshop:
 
         Args:
             make: Makes the trainer when the first order needs it.
-            metrics: Counts its starts.
+            metrics: Counts its starts and preparations.
 
         """
         self._make = make
@@ -50,7 +50,11 @@ class Workshop:
             trainer = self._trainer
             if not trainer.alive:
                 self._metrics.trainer_starts.inc()
-            self.finished = await trainer.run(prepare, on_progress)
+            before = trainer.prepares
+            try:
+                self.finished = await trainer.run(prepare, on_progress)
+            finally:
+                self._metrics.trainer_prepares.inc(trainer.prepares - before)
             if prepare != self._noted:
                 self._noted = prepare
                 for note in self.finished.notes:

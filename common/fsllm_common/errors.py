@@ -171,7 +171,17 @@ REASONS: Final[dict[str, Reason]] = {
     "RUN_PAUSED": Reason(
         "ABORTED", Exit.RUN_FAILED, "Mend the cause; then `fsllm run resume RUN` goes on where it stood."
     ),
+    "RUN_RESTORED": Reason(
+        "ABORTED",
+        Exit.RUN_FAILED,
+        "The run went back to an earlier round with a back-up: `fsllm run resume RUN` lets it go on from there.",
+    ),
     "VERSION_UNKNOWN": Reason("NOT_FOUND", Exit.REFUSED, "`fsllm run show RUN` lists the committed versions."),
+    "ROUND_BROKEN": Reason(
+        "DATA_LOSS",
+        Exit.STORAGE,
+        "What is named was changed after its commit: tell those who use the version, and restore from a back-up.",
+    ),
     "ROUND_CLOSED": Reason(
         "FAILED_PRECONDITION", Exit.REFUSED, "The round ended without this site; wait for the next."
     ),
@@ -204,13 +214,37 @@ REASONS: Final[dict[str, Reason]] = {
     "BLOB_UNKNOWN": Reason("NOT_FOUND", Exit.REFUSED, "Ask for a version that an order or `fsllm run show` names."),
     "OFFSET_OUT_OF_RANGE": Reason("OUT_OF_RANGE", Exit.REFUSED, "Start again at offset 0."),
     "BUSY": Reason("RESOURCE_EXHAUSTED", Exit.UNAVAILABLE, "Try again after the stated delay."),
+    "QUOTA_EXCEEDED": Reason(
+        "RESOURCE_EXHAUSTED",
+        Exit.UNAVAILABLE,
+        "Try again after the stated delay; the server's operator can raise the setting that the message names.",
+    ),
+    "TOO_SLOW": Reason(
+        "ABORTED",
+        Exit.UNAVAILABLE,
+        "The transfer goes on from its offset by itself; on a line this slow, lower --transfer-least-rate.",
+    ),
+    "MESSAGE_INVALID": Reason(
+        "INVALID_ARGUMENT", Exit.REFUSED, "Send what the .proto files say: fields within their sizes and alphabets."
+    ),
     "DISK_FULL": Reason(
         "RESOURCE_EXHAUSTED",
         Exit.STORAGE,
         "Free space under the named folder; what was paused for it goes on with `fsllm run resume RUN`.",
     ),
+    "DISK_FAILED": Reason(
+        "UNAVAILABLE",
+        Exit.STORAGE,
+        "See the system's log for the disk's errors and mend it; what it failed to keep is written anew. What was "
+        "paused for it goes on with `fsllm run resume RUN`.",
+    ),
     "STATE_CORRUPT": Reason(
         "DATA_LOSS", Exit.STORAGE, "Restore the state folder from its last back-up; do not delete it before."
+    ),
+    "BACKUP_INVALID": Reason(
+        "DATA_LOSS",
+        Exit.STORAGE,
+        "Copy the back-up again from where it is kept, or take an older one; empty the folder before the next attempt.",
     ),
     "STATE_LOCKED": Reason(
         "FAILED_PRECONDITION",

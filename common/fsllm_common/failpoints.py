@@ -29,6 +29,8 @@ NAMES: Final = frozenset(
         # The server: an upload's payload, a version, an event of a run's log, what the site is told.
         "spool.sync",
         "spool.synced",
+        "spool.drop",
+        "spool.dropped",
         "blob.sync",
         "blob.synced",
         "blob.rename",
@@ -81,7 +83,18 @@ def parse(text: str) -> Callable[[str], None] | None:
     return strike
 
 
-_listener: Callable[[str], None] | None = parse(os.environ.get(VARIABLE, ""))
+_listener: Callable[[str], None] | None = None
+
+
+def arm() -> None:
+    """Strike where this process's environment says; a command does this when it begins.
+
+    Raises:
+        SettingsInvalid: It says nothing that can be understood.
+
+    """
+    if (strike := parse(os.environ.get(VARIABLE, ""))) is not None:
+        listen(strike)
 
 
 def listen(listener: Callable[[str], None] | None) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from fsllm_common import failpoints
 from fsllm_common.errors import FsllmError
 
 
@@ -28,6 +29,7 @@ class FailureGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's signature)
         """Run the command."""
         try:
+            failpoints.arm()
             return super().invoke(ctx)
         except FsllmError as error:
             raise Failure(error) from error

@@ -13,17 +13,19 @@ from fsllm_common.failpoints import reach
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn 'no space left' and 'quota exceeded' into DISK_FULL naming ``folder``; other OSErrors pass.
+    """Turn 'no space left', 'quota exceeded' and I/O errors into errors that name ``folder``; other OSErrors pass.
 
     Raises:
-        Unavailable: DISK_FULL.
+        Unavailable: DISK_FULL, DISK_FAILED.
 
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("DISK_FULL", f"No space left for {folder}", retry_after=30.0) from error
+            raise Unavailable("DISK_FULL", f"No space left for {folder}", retry_after=5.0) from error
+        if error.errno == errno.EIO:
+            raise Unavailable("DISK_FAILED", f"The disk under {folder} fails: {error}", retry_after=5.0) from error
         raise
 
 
@@ -38,12 +40,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` (0700) and its missing parents so that they survive a power loss."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(path.parent)
+
+
 @contextmanager
-def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterator[Path]:
     """Yield a new path beside ``path`` to write to; on success it is synced and takes the place of ``path`` at once.
 
     The file is created with ``mode`` before anything is written, so that a secret is at no time readable by others. On
     an error nothing has changed.
+
+    Args:
+        path: The file.
+        mode: Its permissions.
+        durable: False for a file that nobody looks for after a crash: it is whole for its readers, and not synced.
 
     Raises:
         Unavailable: DISK_FULL.
@@ -58,8 +76,9 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
             descriptor = os.open(fresh, os.O_RDONLY)
             try:
                 os.fchmod(descriptor, mode)
-                reach("file.sync")
-                os.fsync(descriptor)
+                if durable:
+                    reach("file.sync")
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             reach("file.rename")
@@ -69,7 +88,8 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
             with suppress(FileNotFoundError):
                 fresh.unlink()
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:

@@ -30,6 +30,9 @@ _UNTYPED: Final[dict[grpc.StatusCode, str]] = {
 }
 """What a status means that gRPC itself made, without our details."""
 
+_BROKEN: Final = ("Internal error from Core", "RST_STREAM")
+"""In the text of an INTERNAL that gRPC makes of a connection that broke under a call's hands."""
+
 
 class AioContext(Protocol):
     """The part of an aio servicer context that ends a call."""
@@ -68,6 +71,8 @@ def error_from(error: grpc.RpcError, peer: str = "the server") -> FsllmError:
     text = str(error.details() or code.name)
     status, info, retry = _details(error.trailing_metadata() or ())
     if info.domain != ERROR_DOMAIN:
+        if code is grpc.StatusCode.INTERNAL and any(words in text for words in _BROKEN):
+            code = grpc.StatusCode.UNAVAILABLE
         return _make(_UNTYPED.get(code, "INTERNAL"), f"{peer}: {text}", None, None)
     delay = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
     if info.reason not in REASONS:

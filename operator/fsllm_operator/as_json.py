@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from fsllm.v1.control_pb2 import Commit, GetServerResponse, Member, Run, WatchRunResponse
+from fsllm.v1.control_pb2 import Commit, GetServerResponse, Member, RoundManifest, Run, WatchRunResponse
 from fsllm.v1.federation_pb2 import Metric
 from fsllm_operator.watching import STATUS_NAMES
 
@@ -62,7 +62,13 @@ def commit_object(commit: Commit) -> Object:
         ],
         "metrics": [{"member": m.member, "role": m.role, "metrics": _metrics(m.metrics)} for m in commit.metrics],
         "phase_seconds": dict(sorted(commit.phase_seconds.items())),
+        "manifest_digest": commit.manifest_digest.hex(),
     }
+
+
+def manifest_object(manifest: RoundManifest) -> Object:
+    """Return a round's manifest with its digest, which is that of ``round_manifest.encode(manifest)``."""
+    return {"digest": manifest.digest.hex() or None, "manifest": json.loads(manifest.body)}
 
 
 def event_object(event: WatchRunResponse) -> Object:

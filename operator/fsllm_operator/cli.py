@@ -50,8 +50,9 @@ Where fsllm finds its server and credential, first found wins:
 
 \b
 Exit codes: 0 done, {Exit.USAGE} wrong usage, {Exit.CONFIGURATION} plan or setting, {Exit.IDENTITY} identity,
-{Exit.REFUSED} refused, {Exit.UNAVAILABLE} server not reached, {Exit.STORAGE} disk, {Exit.RUN_FAILED} the run failed, is
-paused or was cancelled, {INTERRUPTED} Ctrl-C. docs/errors.md lists every reason and its cure.
+{Exit.REFUSED} refused, {Exit.UNAVAILABLE} server not reached, {Exit.STORAGE} disk or a broken round,
+{Exit.RUN_FAILED} the run is paused or was cancelled, {INTERRUPTED} Ctrl-C.
+docs/errors.md lists every reason and its cure.
 """
 
 

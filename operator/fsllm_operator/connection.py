@@ -12,9 +12,10 @@ import grpc
 from fsllm.v1.control_pb2 import (
     RUN_STATUS_CANCELLED,
     RUN_STATUS_DONE,
-    RUN_STATUS_FAILED,
     ExportRunRequest,
     GetRunRequest,
+    ListManifestsRequest,
+    RoundManifest,
     Run,
     WatchRunRequest,
     WatchRunResponse,
@@ -27,6 +28,7 @@ from fsllm_common.identity.keys import Credential
 from fsllm_common.rpc_errors import error_from
 
 CALL_SECONDS: Final = 20.0
+_STREAM_SECONDS: Final = 120.0
 _PAUSE_SECONDS: Final = 1.0
 _OPTIONS: Final = (
     *CHANNEL_OPTIONS,
@@ -35,7 +37,7 @@ _OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
-ENDED: Final = frozenset({RUN_STATUS_DONE, RUN_STATUS_CANCELLED, RUN_STATUS_FAILED})
+ENDED: Final = frozenset({RUN_STATUS_DONE, RUN_STATUS_CANCELLED})
 """The statuses of a run that has ended."""
 
 Request = TypeVar("Request")
@@ -100,6 +102,21 @@ class Connection:
 
         """
         return self.call(self.control.GetRun, GetRunRequest(run_id=run), repeat=True).run
+
+    def manifests(self, run_id: str) -> list[RoundManifest]:
+        """Return the manifests of a run's committed rounds, from round 0 on; none when the server keeps none (0.1.0).
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, or the server can not be reached.
+
+        """
+        try:
+            stream = self.control.ListManifests(ListManifestsRequest(run_id=run_id), timeout=_STREAM_SECONDS)
+            return [response.manifest for response in stream]
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return []
+            raise explain(error, self.server) from error
 
     def watch(
         self, run_id: str, after: int = 0, *, lost: Callable[[FsllmError], None] = lambda _: None

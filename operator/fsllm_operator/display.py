@@ -10,7 +10,7 @@ from rich.text import Text
 from fsllm_operator.rounds import Round, columns, number, size
 from fsllm_operator.watching import Member, Watched
 
-_COLOURS = {"running": "cyan", "done": "green", "paused": "yellow", "failed": "red", "cancelled": "red"}
+_COLOURS = {"running": "cyan", "done": "green", "paused": "yellow", "cancelled": "red"}
 _SHOWN_ROUNDS = 12
 
 

@@ -6,25 +6,29 @@ where the last one stood.
 """
 
 import json
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import grpc
 
-from fsllm.v1.control_pb2 import ExportRunRequest, GetServerRequest, Run
+from fsllm.v1.control_pb2 import ExportRunRequest, GetServerRequest, RoundManifest, Run
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, SettingsInvalid, Unavailable
 from fsllm_common.files import disk_errors, write_atomic
+from fsllm_common.round_manifest import Link, check_chain, decode
 from fsllm_common.tensors.chunks import Piece, parse_download
 from fsllm_common.tensors.manifest import payload_digest, validate
+from fsllm_common.tensors.parts import ManifestReader
+from fsllm_operator.as_json import manifest_object
 from fsllm_operator.card import card
 from fsllm_operator.connection import Connection, explain, wait
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
 CARD: Final = "README.md"
+MANIFESTS: Final = "manifests.json"
 _PARTIAL: Final = ".partial"
 _ATTEMPTS: Final = 5
 """Breaks of the stream without a byte of progress between them, before we give up."""
@@ -48,14 +52,15 @@ class Exported:
 
 
 def export_run(connection: Connection, run: Run, folder: Path, version: int | None = None, *, force: bool) -> Exported:
-    """Write a committed version of a run into ``folder`` as float32 safetensors, its PEFT configuration, and a card.
+    """Write a committed version of a run into ``folder``: float32 safetensors, PEFT configuration, card, and manifests.
 
     Raises:
         FsllmError: SETTING_INVALID: an adapter is there and ``force`` is not set. VERSION_UNKNOWN.
-            DIGEST_MISMATCH: twice. DISK_FULL. SERVER_UNREACHABLE.
+            ROUND_BROKEN: the version is not what the rounds' manifests say. DIGEST_MISMATCH: twice. DISK_FULL.
+            SERVER_UNREACHABLE.
 
     """
-    present = [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).exists()]
+    present = [name for name in (WEIGHTS, CONFIG, CARD, MANIFESTS) if (folder / name).exists()]
     if present and not force:
         raise SettingsInvalid(
             f"{folder} holds {', '.join(present)} already", cure="Name another folder, or replace them with --force."
@@ -65,15 +70,40 @@ def export_run(connection: Connection, run: Run, folder: Path, version: int | No
     with disk_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
         manifest = _manifest(connection, run.run_id, number)
+        history = connection.manifests(run.run_id)[: number + 1]
+        if history:
+            check_history(history, manifest.digest)
         payload = partial / f"{manifest.digest.hex()}.payload"
         for stale in partial.iterdir():
             if stale != payload:
                 stale.unlink()
         _download(connection, run.run_id, number, manifest, payload)
         parameters = _install(connection, run, number, manifest, payload, folder)
+        if history:
+            write_atomic(folder / MANIFESTS, json.dumps([*map(manifest_object, history)], indent=2).encode() + b"\n")
         payload.unlink()
         partial.rmdir()
     return Exported(run.run_id, run.name, number, str(folder), len(manifest.tensors), parameters, manifest.digest.hex())
+
+
+def check_history(history: Sequence[RoundManifest], digest: bytes) -> None:
+    """Check that the manifests are a chain, at whose end stands a version.
+
+    Args:
+        history: From round 0 on.
+        digest: The version's.
+
+    Raises:
+        FsllmError: ROUND_BROKEN.
+
+    """
+    for round_, problems in enumerate(check_chain([Link(one.body, one.digest.hex()) for one in history])):
+        if problems:
+            raise FsllmError("ROUND_BROKEN", f"Round {round_}: {'; '.join(problems)}")
+    made = decode(history[-1].body)["result"]["published"]
+    if made != digest.hex():
+        message = f"Version {len(history) - 1} is {digest.hex()[:12]}; its round's manifest says {made[:12]}"
+        raise FsllmError("ROUND_BROKEN", message)
 
 
 def _number(run: Run, version: int | None) -> int:
@@ -93,9 +123,15 @@ def _stream(
     """Yield the manifest of a version, then the chunks of its payload from ``offset`` on, checksums verified."""
     request = ExportRunRequest(run_id=run_id, version=version, offset=offset)
     call = connection.exports(request)
+    reader = ManifestReader()
     try:
         for wire in call:
-            yield parse_download(wire)
+            match parse_download(wire):
+                case Piece() as piece:
+                    yield piece
+                case message:
+                    if (manifest := reader.take(message)) is not None:
+                        yield manifest
     except grpc.RpcError as error:
         raise explain(error, connection.server) from error
     finally:
@@ -159,7 +195,7 @@ def _install(connection: Connection, run: Run, version: int, manifest: Manifest,
     """Write the three files in the order that marks completeness; returns the number of parameters."""
     # numpy, for this command only.
     from fsllm_client.trainer.export import peft_tensors
-    from fsllm_common.tensors.arrays import decode, save_arrays
+    from fsllm_common.tensors import arrays
 
     # Only version 0's manifest needs to carry the configuration.
     text = manifest.adapter_config or _manifest(connection, run.run_id, 0).adapter_config
@@ -167,11 +203,11 @@ def _install(connection: Connection, run: Run, version: int, manifest: Manifest,
     if config.get("peft_type") == "SYNTHETIC":  # a noop run's, which PEFT would not know
         config = {}
     server = connection.call(connection.control.GetServer, GetServerRequest(), repeat=True)
-    tensors = decode(manifest, payload)
+    tensors = arrays.decode(manifest, payload)
     parameters = sum(array.size for array in tensors.values())
     about = card(run, version, manifest.digest.hex(), parameters, config, server.software_version)
     (folder / CONFIG).unlink(missing_ok=True)
-    save_arrays(peft_tensors(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    arrays.save_arrays(peft_tensors(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     write_atomic(folder / CARD, about.encode())
     if config:
         write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")

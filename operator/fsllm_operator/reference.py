@@ -39,9 +39,9 @@ _EXIT_MEANINGS: Final[dict[int, str]] = {
     Exit.IDENTITY: "join file, certificate or membership",
     Exit.REFUSED: "the other end, or the site's policy, says no",
     Exit.UNAVAILABLE: "the other end can not be reached, or a port is taken; trying again may help",
-    Exit.STORAGE: "disk full, or the state folder is in use, damaged or of a newer version",
+    Exit.STORAGE: "disk full, or the state folder or a back-up is in use, damaged or of a newer version",
     Exit.TRAINING: "training failed: not a number, out of memory, or a worker died",
-    Exit.RUN_FAILED: "the run that was watched failed, is paused or was cancelled",
+    Exit.RUN_FAILED: "the run that was watched is paused or was cancelled; a step of the demo failed",
     130: "ended by Ctrl-C",
 }
 

@@ -22,7 +22,6 @@ _PROGRESS_SECONDS: Final = 10.0
 """Between two lines about one member's progress where lines are printed."""
 
 _ENDINGS: Final = {
-    "failed": ("RUN_FAILED", "failed"),
     "cancelled": ("RUN_CANCELLED", "was cancelled"),
     "paused": ("RUN_PAUSED", "is paused"),
 }
@@ -32,7 +31,7 @@ def follow(connection: Connection, run: Run, *, as_json: bool = False, console: 
     """Show a run until it ends or is paused.
 
     Raises:
-        FsllmError: RUN_FAILED, RUN_CANCELLED, RUN_PAUSED: how it ended, when it is not done.
+        FsllmError: RUN_CANCELLED, RUN_PAUSED: how it ended, when it is not done.
 
     """
     console = console or stdout()

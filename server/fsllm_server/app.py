@@ -7,10 +7,10 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untype
 from fsllm.v1.enrollment_pb2_grpc import add_EnrollmentServiceServicer_to_server
 from fsllm_common.errors import SettingsInvalid, Unavailable
 from fsllm_common.files import write_atomic
-from fsllm_common.identity.credentials import SERVER_OPTIONS, server_credentials
+from fsllm_common.identity.credentials import ENROLLMENT_OPTIONS, SERVER_OPTIONS, server_credentials, with_keepalive
 from fsllm_common.memory import give_back_start_up
 from fsllm_common.plan import Plan
 from fsllm_common.telemetry.logs import get_logger
@@ -27,27 +27,36 @@ from fsllm_common.telemetry.notify import notify
 from fsllm_common.telemetry.web import WebServer
 from fsllm_server.certificates import Certificates, open_authority
 from fsllm_server.engine.engine import Engine
+from fsllm_server.open_files import connections_possible
 from fsllm_server.ports import try_port
 from fsllm_server.service.attach import Attachments
 from fsllm_server.service.boundary import Boundary
 from fsllm_server.service.control import ControlService
+from fsllm_server.service.disk_quota import DiskQuota
 from fsllm_server.service.enrollment import EnrollmentService
 from fsllm_server.service.federation import FederationService
 from fsllm_server.service.guard import Calls, Guard
+from fsllm_server.service.pace import PaceLimits
+from fsllm_server.service.rates import CallRate
 from fsllm_server.service.transfers import Uploads
 from fsllm_server.settings import ServerSettings
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.database import Database
+from fsllm_server.store.events import EventLog
 from fsllm_server.store.folder import StateFolder
 from fsllm_server.store.invites import Invites
 from fsllm_server.store.members import Members
+from fsllm_server.store.restored import RESTORED, Restoration, forget
 from fsllm_server.store.spools import Spools
 from fsllm_server.web.readiness import Readiness
 
 log = get_logger()
 
 OPTIONS: Final = (*SERVER_OPTIONS, ("grpc.max_concurrent_streams", 64))
-"""Of both ports. A daemon needs three streams on its connection."""
+"""Of the main port. A daemon needs three streams on its connection."""
+
+ENROLLMENTS_AT_ONCE: Final = 256
+"""Connections to the enrolment port, and calls. Strangers reach it, and each connection takes about 60 KiB."""
 
 SERVER_FILE: Final = "server.json"
 """In the state folder while the server serves: ``Started`` for tools on this host."""
@@ -92,26 +101,35 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
 
         # What it does.
         spools = Spools(state.spools)
-        engine = Engine(database, Blobs(state.blobs), spools, metrics)
-        calls = Calls(settings.max_calls)
-        attachments = Attachments(engine, metrics)
-        uploads = Uploads(engine, spools, settings.uploads_at_once, settings.upload_stall_seconds, metrics)
+        engine = Engine(EventLog(database), Blobs(state.blobs), spools, metrics, retention=settings.retention)
+        calls = Calls(settings.max_calls, settings.calls_per_member)
+        rate = CallRate(settings.calls_per_minute)
+        attachments = Attachments(engine, metrics, settings.messages_per_second)
+        pace = PaceLimits(settings.upload_stall_seconds, settings.transfer_least_rate)
+        quota = DiskQuota(state.spools, settings.member_disk_bytes)
+        uploads = Uploads(engine, spools, settings.uploads_at_once, pace, quota, metrics)
         healthy = health.aio.HealthServicer()
         control = ControlService(
             settings, engine, attachments, calls, members, invites, authority, certificates, federation
         )
 
         # How it is reached.
-        main = grpc.aio.server(interceptors=[Guard(federation, members, calls, metrics)], options=OPTIONS)
-        FederationService(engine, attachments, uploads, members, authority, settings.life_of, metrics).add_to(main)
+        connections = ("grpc.max_allowed_incoming_connections", connections_possible(settings.max_connections))
+        options = with_keepalive(OPTIONS, settings.keepalive_seconds)
+        main = grpc.aio.server(
+            interceptors=[Guard(federation, members, calls, rate, metrics)], options=(*options, connections)
+        )
+        sites = FederationService(engine, attachments, uploads, members, authority, settings.life_of, pace, metrics)
+        sites.add_to(main)
         control.add_to(main)
         health_pb2_grpc.add_HealthServicer_to_server(healthy, main)
         enrollment = grpc.aio.server(
-            interceptors=[Boundary(metrics)], options=OPTIONS, maximum_concurrent_rpcs=settings.max_calls
+            interceptors=[Boundary(metrics)],
+            options=(*ENROLLMENT_OPTIONS, ("grpc.max_allowed_incoming_connections", ENROLLMENTS_AT_ONCE)),
+            maximum_concurrent_rpcs=ENROLLMENTS_AT_ONCE,
         )
-        add_EnrollmentServiceServicer_to_server(
-            EnrollmentService(authority, invites, settings.life_of, metrics), enrollment
-        )
+        newcomers = EnrollmentService(authority, invites, settings.life_of, settings.join_attempts_per_minute, metrics)
+        add_EnrollmentServiceServicer_to_server(newcomers, enrollment)
         stack.push_async_callback(main.stop, 0)
         stack.push_async_callback(enrollment.stop, 0)
         port = _open(main, settings.listen, settings.port, "--port", certificates, require_client=True)
@@ -130,7 +148,8 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
 
         # Start, wait, stop.
         stop = _stop_signal()
-        await engine.start()
+        await engine.start(Restoration.load(state.root / RESTORED))
+        forget(state.root / RESTORED)
         await certificates.issue_operator()
         await main.start()
         await enrollment.start()
@@ -145,7 +164,7 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         notify("READY=1")
         if plan is not None:
             log.info("run submitted", run=await engine.submit(plan, request_id=secrets.token_hex(16)), name=plan.name)
-        await _until(stop, certificates)
+        await _until(stop, certificates.keep_fresh(), engine.sweeper.keep_swept())
 
         log.info("stopping")
         notify("STOPPING=1")
@@ -183,9 +202,9 @@ def _stop_signal() -> asyncio.Event:
     return stop
 
 
-async def _until(stop: asyncio.Event, certificates: Certificates) -> None:
-    """Return when told to stop; raise if the renewal of certificates ends, which it never should."""
-    tasks = [asyncio.create_task(stop.wait()), asyncio.create_task(certificates.keep_fresh())]
+async def _until(stop: asyncio.Event, *chores: Coroutine[Any, Any, None]) -> None:
+    """Return when told to stop; raise if one of the chores ends, which none ever should."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work) for work in (stop.wait(), *chores)]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()

@@ -1,13 +1,16 @@
 """The command ``fsllm-server``."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 from click.core import ParameterSource
 
 from fsllm_common import __version__
-from fsllm_common.errors import Exit
+from fsllm_common.errors import Exit, SettingsInvalid
 from fsllm_common.failure import FailureGroup
 from fsllm_common.settings import settings_options
 from fsllm_server.settings import ServerSettings, default_state_dir
@@ -52,6 +55,104 @@ def doctor(context: click.Context, settings: ServerSettings, as_json: bool) -> N
     findings = checks.examine(settings)
     click.echo(checks.as_json(findings) if as_json else checks.as_table(findings))
     context.exit(checks.exit_code(findings))
+
+
+@main.command(
+    epilog=f"""
+\b
+fsllm-server backup /mnt/backups/$(date +%F).tar
+Exit codes: 0 done, {Exit.CONFIGURATION} the file exists or a setting is wrong, {Exit.STORAGE} disk or state folder.
+"""
+)
+@settings_options(ServerSettings)
+@click.argument("file", type=click.Path(path_type=Path))
+def backup(settings: ServerSettings, file: Path) -> None:
+    """Back the state folder up into the tar FILE; the server may run meanwhile.
+
+    FILE holds the keys of the federation's authority: whoever can read it can admit anybody.
+    """
+    from fsllm_server.backup import back_up
+
+    os.umask(0o077)
+    state = settings.state_dir.absolute()
+    with _bar() as tell:
+        done = back_up(state, _sqlite_file(settings, state), file, tell=tell)
+    click.echo(
+        f"{file}: {done.files} files, {done.size / 2**20:.1f} MiB, {done.runs} runs of federation {done.federation!r}."
+    )
+    click.echo("It holds the authority's keys: keep it secret (it is readable by you only) and off this host.")
+
+
+@main.command(
+    epilog=f"""
+\b
+fsllm-server restore /mnt/backups/2026-01-31.tar --state-dir /var/lib/fsllm
+Exit codes: 0 done, {Exit.CONFIGURATION} the folder is not empty, {Exit.STORAGE} damaged back-up, or full disk.
+"""
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=default_state_dir,
+    show_default="the server's",
+    show_envvar=True,
+    envvar="FSLLM_STATE_DIR",
+    help="The folder to make; empty or missing.",
+)
+def restore(file: Path, state_dir: Path) -> None:
+    """Make a state folder from the tar FILE of `backup`. The server that it was made of must not run any more."""
+    from fsllm_server import backup as archive
+
+    os.umask(0o077)
+    with _bar() as tell:
+        done = archive.restore(file, state_dir.absolute(), tell=tell)
+    click.echo(
+        f"{state_dir} is federation {done.federation!r} as of {done.made}: {done.files} files, {done.runs} runs.\n"
+        "Never start the server that it was made of again. What happened since then is not known here:\n"
+        "  runs under way are paused at the next start; `fsllm run resume RUN` lets one go on from where it was then\n"
+        "  members who were revoked since are members again: revoke them again\n"
+        "  join files that were used since work again: revoke those names, or let the files expire"
+    )
+
+
+def _sqlite_file(settings: ServerSettings, state: Path) -> Path:
+    """Return the file of the SQLite database.
+
+    Raises:
+        SettingsInvalid: The database is another.
+
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    from fsllm_server.store.folder import DATABASE
+
+    if settings.database is None:
+        return state / DATABASE
+    try:
+        url = make_url(settings.database)
+    except ArgumentError as error:
+        raise SettingsInvalid(f"database: {error}") from error
+    if url.get_backend_name() != "sqlite" or not url.database:
+        raise SettingsInvalid(
+            f"--database: `backup` can not copy a {url.get_backend_name()} database",
+            cure="Use the database's own tool, first, then copy the state folder: docs/operations.md says how.",
+        )
+    return Path(url.database)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error, where that is a terminal; yields what sets it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _run(settings: ServerSettings) -> None:

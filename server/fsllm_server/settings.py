@@ -6,10 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fsllm_common.identity.names import Role
 from fsllm_common.settings import Settings
+from fsllm_server.engine.retention import Retention
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -54,7 +55,50 @@ class ServerSettings(Settings):
         default=4, description="Uploads that proceed at a time; the others queue. Each takes about 30 MiB of memory."
     )
     upload_stall_seconds: PositiveFloat = Field(
-        default=60, description="An upload whose next chunk of 1 MiB takes longer loses its slot; it may come again."
+        default=60,
+        description="An upload or download whose next chunk of 1 MiB takes longer loses its slot; it may come again.",
+    )
+    transfer_least_rate: float = Field(
+        default=65536,
+        ge=0,
+        description="Bytes a second that a transfer must pass on average, after a grace of two stalls' time; else it "
+        "loses its slot (TOO_SLOW), and goes on from its offset when it comes again. 0: any.",
+    )
+    max_connections: PositiveInt = Field(
+        default=4096,
+        description="Connections to the main port; more are closed at once. Each is an open file and about 60 KiB.",
+    )
+    calls_per_member: PositiveInt = Field(
+        default=32, description="Calls in progress of one member; more get QUOTA_EXCEEDED. A daemon needs five."
+    )
+    calls_per_minute: PositiveInt = Field(
+        default=6000,
+        description="Calls of one member, a minute's worth at once; more get QUOTA_EXCEEDED. Upload counts for 4, "
+        "Attach for 10, Renew for 60, and a refused call for 10 more.",
+    )
+    messages_per_second: PositiveFloat = Field(
+        default=200, description="Messages of one member on Attach, 20 seconds' worth at once; more end the stream."
+    )
+    member_disk_bytes: PositiveInt = Field(
+        default=64 << 30, description="Bytes of one site's uploads, unfinished and kept, on the server's disk."
+    )
+    join_attempts_per_minute: PositiveInt = Field(
+        default=60, description="Join tokens that are refused, from one address; more are not looked at."
+    )
+    keepalive_seconds: float = Field(
+        default=30,
+        ge=1,
+        le=3600,
+        description="A silent connection is asked for a sign of life after so long, and closed when as long again "
+        "passes without one. Not more than the sites'.",
+    )
+    keep_spools_rounds: NonNegativeInt = Field(
+        default=3,
+        description="The uploads of so many last committed rounds of each run are kept, so that `fsllm run verify` can "
+        "recompute them. On disk: so many times the uploads of a round. 0: none.",
+    )
+    keep_spools_hours: NonNegativeFloat = Field(
+        default=168, description="But none for longer than this after the commit of its round."
     )
     max_calls: PositiveInt = Field(
         default=4096, description="Calls in progress (each attached member is one); more get BUSY."
@@ -80,6 +124,11 @@ class ServerSettings(Settings):
     def certificate_life(self) -> timedelta:
         """Life of the certificates that daemons renew, the local operator's included."""
         return timedelta(hours=self.certificate_hours)
+
+    @property
+    def retention(self) -> Retention:
+        """How long uploads outlive the commit of their round."""
+        return Retention(self.keep_spools_rounds, self.keep_spools_hours * 3600)
 
     def life_of(self, role: Role) -> timedelta:
         """Return the life of a certificate that a member of ``role`` gets."""

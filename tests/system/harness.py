@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -47,10 +48,13 @@ class ServerEnded(Exception):
 class ServerProcess:
     """``fsllm-server`` on free ports (unless ``arguments`` say others) over the state folder ``state``."""
 
+    module = "fsllm_server"
+
     def __init__(self, state: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.state = state
         self._arguments = arguments
-        self._environment = dict(environment or {})
+        self.environment = dict(environment or {})
+        """Variables of the next start."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -74,7 +78,7 @@ class ServerProcess:
         """
         self.state.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            *(sys.executable, "-m", "fsllm_server"),
+            *(sys.executable, "-m", self.module),
             *("--port", "0", "--metrics-port", "0", "--state-dir", str(self.state), *self._arguments),
         ]
         with (
@@ -90,7 +94,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=log,
-                env={**os.environ, **self._environment, "NOTIFY_SOCKET": f"@{name}"},
+                env={**os.environ, **self.environment, "NOTIFY_SOCKET": f"@{name}"},
             )
             self._await_ready(notices)
 
@@ -191,6 +195,8 @@ class ServerProcess:
     def await_log(self, text: str) -> str:
         """Wait for a line of the log that holds ``text``, from the log's beginning, and return it."""
         command = ["tail", "-n", "+1", "-F", f"--pid={self.process.pid}", str(self._log)]
+        # Whoever ends is reaped at once: for tail a zombie is still there.
+        threading.Thread(target=self.process.wait, daemon=True).start()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as tail:
             assert tail.stdout is not None
             try:

@@ -24,6 +24,7 @@ from fsllm_common import PROTOCOL_VERSION
 from fsllm_common.identity.keys import Credential
 from fsllm_common.tensors.arrays import encode
 from fsllm_common.tensors.chunks import CHUNK, Piece, frame_chunk, parse_download
+from fsllm_common.tensors.parts import ManifestReader, split_manifest
 
 DEADLINE = 60.0
 SERVICE = "/fsllm.v1.FederationService"
@@ -62,8 +63,15 @@ class Upload(Stream):
     """An Upload call in raw frames."""
 
     def begin(self, begin: pb.UploadBegin) -> None:
-        """Announce the payload."""
+        """Announce the payload, in several messages when its manifest is large."""
+        first, parts = split_manifest(begin.manifest)
+        if parts:
+            whole, begin = begin, pb.UploadBegin()
+            begin.CopyFrom(whole)
+            begin.manifest.CopyFrom(first)
         self.put(pb.UploadRequest(begin=begin).SerializeToString())
+        for part in parts:
+            self.put(pb.UploadRequest(part=part).SerializeToString())
 
     def ready(self) -> int:
         """Wait for the slot, past any Queued, and return the offset to send from."""
@@ -170,8 +178,11 @@ def join_all(peers: Sequence[Peer], zero: "Tensors") -> list[pb.Order]:
 
 def read_payload(frames: Iterator[bytes], offset: int = 0) -> tuple[Manifest, bytes]:
     """Return the manifest and the bytes of a Download or ExportRun call."""
-    manifest = parse_download(next(frames))
-    assert isinstance(manifest, Manifest)
+    reader, manifest = ManifestReader(), None
+    while manifest is None:
+        message = parse_download(next(frames))
+        assert not isinstance(message, Piece)
+        manifest = reader.take(message)
     data = bytearray()
     for frame in frames:
         piece = parse_download(frame)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,6 +53,8 @@ class SiteProcess:
         self._arguments = arguments
         self._role = role
         self._process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+        """Variables of the next start, besides this process's own."""
 
     def __enter__(self) -> Self:
         state = self.state
@@ -74,7 +77,9 @@ class SiteProcess:
             *("--log-format", "json", *self._arguments, *more),
         ]
         with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}
+            )
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit code."""
@@ -109,6 +114,8 @@ class SiteProcess:
     def await_log(self, event: str, times: int = 1) -> dict[str, Any]:
         """Wait until the log holds the event so many times, from its beginning, and return the last of these lines."""
         command = ["tail", "-n", "+1", "-F", f"--pid={self.process.pid}", str(self.log_file)]
+        # Whoever ends is reaped at once: for tail a zombie is still there.
+        threading.Thread(target=self.process.wait, daemon=True).start()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as tail:
             assert tail.stdout is not None
             try:

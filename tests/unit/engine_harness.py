@@ -20,8 +20,10 @@ from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_common.tensors.arrays import encode
 from fsllm_common.tensors.manifest import WIRE_TYPES
 from fsllm_server.engine.engine import Engine, Expected, Session
+from fsllm_server.engine.retention import Retention
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.database import Database
+from fsllm_server.store.events import EventLog
 from fsllm_server.store.spools import Spools
 
 KINDS = {value: name.removeprefix("ORDER_KIND_").lower() for name, value in federation_pb2.OrderKind.items()}
@@ -63,6 +65,8 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics = ServerMetrics()
+        self.retention: Retention | None = None
+        """For the next ``open``."""
 
     async def __aenter__(self) -> "Server":
         self.open()
@@ -80,7 +84,7 @@ class Server:
         self.database = Database(f"sqlite:///{path}")
         self.blobs = Blobs(self.folder / "blobs")
         self.spools = Spools(self.folder / "spools")
-        self.engine = Engine(self.database, self.blobs, self.spools, self.metrics)
+        self.engine = Engine(EventLog(self.database), self.blobs, self.spools, self.metrics, retention=self.retention)
 
     async def restart(self) -> None:
         await self.__aexit__()
@@ -217,7 +221,9 @@ class Member:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[Server]:
+async def serving(folder: Path, retention: Retention | None = None) -> AsyncIterator[Server]:
     """Yield a started server."""
-    async with Server(folder) as server:
+    server = Server(folder)
+    server.retention = retention
+    async with server:
         yield server

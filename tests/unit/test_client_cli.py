@@ -44,7 +44,8 @@ def run(*arguments: str) -> Result:
         (("--server", "h:1", "--data", "/", "--ranks", "0"), "--ranks", 3),
         (("--server", "h:1", "--data", "/"), "NOT_ENROLLED", 6),
         (("--server", "h:1", "--data", "/", "--join", "/nowhere"), "JOIN_FILE_INVALID", 6),
-        (("accept", "r"), "No run fits 'r'", 7),
+        (("accept", "r"), "is not the state folder of a site", 3),
+        (("ledger",), "is not the state folder of a site", 3),
         (("explain", "plan.txt"), "ends in .yaml", 3),
         (("model", "digest", "/nowhere"), "MODEL_MISSING", 5),
         (("--serve", "h:1"), "No such option", 2),
@@ -84,6 +85,7 @@ def test_an_error_in_the_policy_ends_the_daemon_before_it_connects(tmp_path: Pat
 
 
 def test_the_ledger_is_shown_as_a_table_and_as_json(tmp_path: Path) -> None:
+    StateFolder(tmp_path / "state")
     assert "Nothing with noise" in run("ledger").output
     release = Release("2026-01-01T00:00:00+00:00", "r1", "ward", 1, "aa", 0.5, 2.0, 1e-5, 2.22, 3.33)
     ledger = Ledger(StateFolder(tmp_path / "state").ledger)

@@ -11,7 +11,7 @@ from fsllm_client.site.model import check_model_digest, model_digest
 from fsllm_client.site.outbox import Outbox, Parcel
 from fsllm_client.site.runs import RunBook
 from fsllm_client.site.state import StateFolder, default_state_folder
-from fsllm_common.errors import FsllmError, ModelUnusable, Refused
+from fsllm_common.errors import FsllmError, ModelUnusable, Refused, SettingsInvalid
 from fsllm_common.plan import Plan
 
 PLAN = Plan.model_validate({"name": "ward", "model": {"name": "m"}})
@@ -29,6 +29,40 @@ def test_the_state_folder_is_the_owners_alone_and_one_daemons(tmp_path: Path) ->
     state.unlock()
     assert state.daemon_pid() is None
     StateFolder(tmp_path / "state").lock().unlock()
+
+
+def test_looking_at_a_state_folder_makes_none(tmp_path: Path) -> None:
+    for folder in (tmp_path / "mistyped", tmp_path):
+        with pytest.raises(SettingsInvalid, match="is not the state folder of a site"):
+            StateFolder.existing(folder)
+    assert not list(tmp_path.iterdir())
+    StateFolder(tmp_path / "state")
+    assert StateFolder.existing(tmp_path / "state").runs.is_dir()
+
+
+def test_a_state_folder_that_is_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a volume of Kubernetes is: root's and open to a group, but writable. What lies in it is closed."""
+    root = tmp_path / "state"
+    root.mkdir(mode=0o775)
+    root.chmod(0o775)
+    allowed = Path.chmod
+
+    def chmod(path: Path, mode: int) -> None:
+        if path in forbidden:
+            raise PermissionError(1, "Operation not permitted")
+        allowed(path, mode)
+
+    forbidden = {root}
+    monkeypatch.setattr(Path, "chmod", chmod)
+    state = StateFolder(root)
+    assert state.identity.stat().st_mode & 0o777 == 0o700
+    allowed(state.identity, 0o750)
+    StateFolder(root)
+    assert state.identity.stat().st_mode & 0o777 == 0o700
+    allowed(state.identity, 0o750)
+    forbidden.add(state.identity)
+    with pytest.raises(SettingsInvalid, match="can not be used: Operation not permitted"):
+        StateFolder(root)
 
 
 def test_where_the_state_lies_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,10 +9,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fsllm.v1.federation_pb2 import ORDER_KIND_EVALUATE, ORDER_KIND_TRAIN, Order, OrderKind, Progress, Receipt, Version
+from fsllm.v1.federation_pb2 import (
+    ORDER_KIND_EVALUATE,
+    ORDER_KIND_JOIN,
+    ORDER_KIND_TRAIN,
+    Order,
+    OrderKind,
+    Progress,
+    Receipt,
+    Version,
+)
 from fsllm_client.link.download import CachedVersion
 from fsllm_client.reporting import Label, Reporter, Silent
 from fsllm_client.site.ledger import Ledger
+from fsllm_client.site.model import model_digest
 from fsllm_client.site.outbox import Parcel
 from fsllm_client.site.policy import Policy
 from fsllm_client.site.privacy import PrivacyBudget
@@ -20,7 +30,7 @@ from fsllm_client.site.state import StateFolder
 from fsllm_client.trainer.orders import Account, Advanced, Evaluate, Finished, Train
 from fsllm_client.work import Job, Means, Member, Work
 from fsllm_common.accounting.budget import epsilon_of
-from fsllm_common.errors import FsllmError, PolicyRefused, Refused, TrainingFailed, Unavailable
+from fsllm_common.errors import FsllmError, ModelUnusable, PolicyRefused, Refused, TrainingFailed, Unavailable
 from fsllm_common.plan import Plan, canonical_json
 from fsllm_common.telemetry.metrics import ClientMetrics
 from fsllm_common.tensors.arrays import encode, load_arrays, save_arrays
@@ -59,6 +69,8 @@ class Site:
     def __init__(self, root: Path, policy: str = "", **plan: object) -> None:
         self.root = root
         self.trainer = FakeTrainer()
+        self.finished = Finished(counts={"train_rows": 7})
+        self.prepared_times = 0
         self.sent: list[Parcel] = []
         self.payloads: list[bytes] = []
         self.refusal: FsllmError | None = None
@@ -101,6 +113,7 @@ class Site:
 
     @asynccontextmanager
     async def prepared(self, prepare: object, on_progress: object) -> AsyncIterator[FakeTrainer]:
+        self.prepared_times += 1
         yield self.trainer
 
     async def do(self, round_: int = 1, order_id: str = "o1", kind: OrderKind = ORDER_KIND_TRAIN) -> list[Any] | None:
@@ -215,6 +228,25 @@ async def test_failed_training_leaves_nothing(tmp_path: Path) -> None:
     assert list(site.state.outbox.iterdir()) == []
     assert site.releases() == []
     assert site.sent == []
+
+
+async def test_a_site_with_other_weights_than_the_plan_means_does_not_join(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"the very weights")
+    for digest, joins in ((model_digest(weights), True), ("0" * 64, False)):
+        folder = tmp_path / f"{joins}"
+        folder.mkdir()
+        site = Site(folder, model={"name": "m", "digest": digest})
+        (folder / "model" / "model.safetensors").write_bytes(b"the very weights")
+        if joins:
+            assert await site.do(kind=ORDER_KIND_JOIN) == []
+            assert site.prepared_times == 1
+        else:
+            with pytest.raises(ModelUnusable, match=f"model.digest is {digest}") as caught:
+                await site.do(kind=ORDER_KIND_JOIN)
+            assert caught.value.reason == "MODEL_MISSING"
+            assert site.prepared_times == 0, "nothing is loaded of a model that is not the plan's"
 
 
 async def test_an_evaluation_sends_what_the_policy_lets_leave(tmp_path: Path) -> None:

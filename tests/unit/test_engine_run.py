@@ -32,7 +32,8 @@ async def test_a_run_goes_from_its_submission_to_done(tmp_path: Path) -> None:
         for array in decode(last.manifest, last.payload).values():
             np.testing.assert_allclose(array, 9.0, rtol=1e-6)
         assert server.metrics.rounds.labels("committed")._value.get() == 4
-    assert not list((tmp_path / "spools").glob("*/*/*"))
+    kept = {tuple(path.relative_to(tmp_path / "spools").parts[1:]) for path in (tmp_path / "spools").glob("*/*/*")}
+    assert kept == {(round_, member) for round_ in "123" for member in "ab"}
 
 
 async def test_evaluators_and_sites_evaluate_every_version(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def plan_file(folder: Path, text: str = "") -> Path:
 def test_help_teaches() -> None:
     result = fsllm("--help")
     assert result.exit_code == 0
-    for words in ("fsllm site invite hospital-a -o hospital-a.join", "FSLLM_SERVER", "11 the run failed"):
+    for words in ("fsllm site invite hospital-a -o hospital-a.join", "FSLLM_SERVER", "11 the run is paused"):
         assert words in result.stdout
 
 

@@ -40,6 +40,19 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"rounds": 3, "train": {"warmup_rounds": 2}},
     ),
     (
+        {
+            "adapter": {"kind": "prefix"},
+            "data": {"packing": False},
+            "train": {"gradient_checkpointing": True},
+        },
+        "drops the cache that a prefix is",
+        {
+            "adapter": {"kind": "prompt"},
+            "data": {"packing": False},
+            "train": {"gradient_checkpointing": True},
+        },
+    ),
+    (
         {"deepspeed": {"zero_stage": 2, "offload_parameters": True}},
         "stage 3 only",
         {"deepspeed": {"zero_stage": 3, "offload_parameters": True}},

@@ -15,7 +15,10 @@ from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_BFLOAT16, ELEMENT_TYPE_FLOAT16, EL
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, decode, encode
 from fsllm_common.tensors.manifest import payload_digest
-from fsllm_server.reduce.sum import Folded, Stopped, fold
+from fsllm_server.reduce.blocks import uniform_type
+from fsllm_server.reduce.sink import Digests, Sink
+from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded, Stopped
+from fsllm_server.reduce.sum import fold as fold_addends
 from fsllm_server.store.blobs import Blobs, StoredVersion
 
 F32, F16, BF16 = ELEMENT_TYPE_FLOAT32, ELEMENT_TYPE_FLOAT16, ELEMENT_TYPE_BFLOAT16
@@ -24,6 +27,18 @@ DTYPES: dict[Any, Any] = {F32: np.float32, F16: np.float16, BF16: ml_dtypes.bflo
 
 def plus(base: Array, mean: Array) -> Array:
     return base + mean
+
+
+def fold(
+    base: StoredVersion | None,
+    updates: list[tuple[StoredVersion, float]],
+    apply: Any,  # noqa: ANN401
+    wire: ElementType.ValueType,
+    sink: Sink,
+    **options: Any,  # noqa: ANN401
+) -> Folded:
+    addends = [Addend(update.payload, uniform_type(update.manifest), weight) for update, weight in updates]
+    return fold_addends((base or updates[0][0]).manifest, base, addends, apply, wire, sink, **options)
 
 
 def stored(folder: Path, name: str, arrays: dict[str, Any], element_type: ElementType.ValueType = F32) -> StoredVersion:
@@ -166,7 +181,7 @@ def test_a_truncated_upload_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_grows_neither_with_the_payload_nor_with_the_number(tmp_path: Path) -> None:
+def test_memory_and_open_files_grow_neither_with_the_payload_nor_with_the_number(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path / "blobs")
     small = stored(tmp_path, "small", {"w": np.ones(BLOCK, np.float32)})
     fold(small, [(small, 0.5)] * 2, plus, BF16, blobs)
@@ -181,5 +196,45 @@ def test_memory_grows_neither_with_the_payload_nor_with_the_number(tmp_path: Pat
     manifest.payload_bytes = 48 * len(block)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fold(StoredVersion(manifest, big), [(StoredVersion(manifest, big), 0.125)] * 8, plus, BF16, blobs)
-    # 48 MiB each of nine inputs; the buffers of eight readers are 8 MiB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 24 * 1024
+    # 48 MiB each of nine inputs, through a handful of blocks of 1 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12 * 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files = 0
+
+    def counting(base: Array, mean: Array) -> Array:
+        nonlocal files
+        files = max(files, len(list(Path("/proc/self/fd").iterdir())))
+        return base + mean
+
+    out = fold(small, [(small, 1 / 1024)] * 1024, counting, F32, blobs)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 * 1024
+    assert files < OPEN_FILES
+    np.testing.assert_array_equal(tensors(out.master)["w"], np.full(BLOCK, 2, np.float32))
+
+
+def test_many_updates_are_added_to_the_last_bit_as_few_are(tmp_path: Path) -> None:
+    shapes = {"a": (7,), "b": (BLOCK,)}
+    count = OPEN_FILES + 3
+    rng = np.random.default_rng(5)
+    weights = rng.dirichlet(np.ones(count)).tolist()
+    few = [stored(tmp_path, f"u{i}", random_arrays(i, shapes, 10.0**i), (F32, F16, BF16)[i]) for i in range(3)]
+    updates = [(few[i % 3], weights[i]) for i in range(count)]
+    base = stored(tmp_path, "base", random_arrays(9, shapes))
+    out = fold(base, updates, plus, F32, Blobs(tmp_path / "blobs"))
+    for name in shapes:
+        total = np.zeros(shapes[name], np.float32)
+        for i in range(count):
+            sent = random_arrays(i % 3, shapes, 10.0 ** (i % 3))[name].astype(DTYPES[(F32, F16, BF16)[i % 3]])
+            total = total + np.float32(weights[i]) * sent.astype(np.float32)
+        np.testing.assert_array_equal(tensors(out.master)[name], random_arrays(9, shapes)[name] + total)
+
+
+@pytest.mark.parametrize("wire", [F32, BF16])
+def test_the_digests_alone_are_those_of_the_blobs(tmp_path: Path, wire: ElementType.ValueType) -> None:
+    base = stored(tmp_path, "base", random_arrays(1, {"a": (BLOCK + 5,), "b": ()}))
+    update = stored(tmp_path, "u", random_arrays(2, {"a": (BLOCK + 5,), "b": ()}))
+    kept = fold(base, [(update, 0.5)], plus, wire, Blobs(tmp_path / "blobs"))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    seen = fold(base, [(update, 0.5)], plus, wire, Digests())
+    assert (seen.master.digest, seen.published.digest) == (kept.master.digest, kept.published.digest)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -14,6 +14,7 @@ from fsllm_server.engine.engine import Engine
 from fsllm_server.service import attach
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.database import Database
+from fsllm_server.store.events import EventLog
 from fsllm_server.store.spools import Spools
 
 SITE = Member("f", Role.SITE, "a")
@@ -36,7 +37,7 @@ async def test_a_daemon_that_falls_silent(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(attach, "SILENCE_SECONDS", 1.0)
     database = Database(f"sqlite:///{tmp_path / 'db.sqlite3'}")
     metrics = ServerMetrics()
-    engine = Engine(database, Blobs(tmp_path / "blobs"), Spools(tmp_path / "spools"), metrics)
+    engine = Engine(EventLog(database), Blobs(tmp_path / "blobs"), Spools(tmp_path / "spools"), metrics)
     attachments = attach.Attachments(engine, metrics)
     heard = 0
 

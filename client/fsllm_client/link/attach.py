@@ -190,8 +190,10 @@ class Attachment:
             raise self._closed()
         outgoing: asyncio.Queue[AttachRequest] = asyncio.Queue()
         for order_id in hello.held_orders:
-            # The first acceptance may have been lost with the last stream.
-            outgoing.put_nowait(AttachRequest(answer=Answer(order_id=order_id, accepted=Accepted())))
+            # The first acceptance may have been lost with the last stream, and a final answer that came about since
+            # Hello was sent had no stream to go out on.
+            answer = self._answered.get(order_id) or Answer(order_id=order_id, accepted=Accepted())
+            outgoing.put_nowait(AttachRequest(answer=answer))
         self._outgoing = outgoing
         self._ever = True
         backoff.reset()

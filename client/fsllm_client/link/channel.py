@@ -7,7 +7,7 @@ import grpc
 
 from fsllm.v1 import federation_pb2
 from fsllm.v1.federation_pb2_grpc import FederationServiceStub
-from fsllm_common.identity.credentials import CHANNEL_OPTIONS, channel_credentials
+from fsllm_common.identity.credentials import CHANNEL_OPTIONS, channel_credentials, with_keepalive
 from fsllm_common.identity.keys import Credential
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ _OPTIONS: Final = (
     *CHANNEL_OPTIONS,
     # gRPC reconnects by itself, and so do we: its waits are kept below ours.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    # So long a connection may take to come about: TLS over a satellite needs three round trips.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 _SERVICE: Final = federation_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name
@@ -30,15 +31,17 @@ _SERVICE: Final = federation_pb2.DESCRIPTOR.services_by_name["FederationService"
 class Link:
     """The way to one server. Used from one event loop."""
 
-    def __init__(self, server: str, credential: Credential) -> None:
+    def __init__(self, server: str, credential: Credential, keepalive_seconds: float = 30.0) -> None:
         """Open nothing yet: the first call connects.
 
         Args:
             server: ``host:port``.
             credential: This member's.
+            keepalive_seconds: Of silence, before the server is asked whether it is still there.
 
         """
         self.server = server
+        self._options = with_keepalive(_OPTIONS, keepalive_seconds)
         self.credential = credential
         self.changed = asyncio.Event()
         """Set when the channel was replaced; whoever holds a long stream opens it anew and clears this."""
@@ -46,7 +49,9 @@ class Link:
         self._connect()
 
     def _connect(self) -> None:
-        self._channel = grpc.aio.secure_channel(self.server, channel_credentials(self.credential), options=_OPTIONS)
+        self._channel = grpc.aio.secure_channel(
+            self.server, channel_credentials(self.credential), options=self._options
+        )
         self.stub: FederationServiceAsyncStub = FederationServiceStub(self._channel)
         # Chunks travel as bytes that we frame and parse ourselves: a copy less, a fifth of a round's time.
         self._download: grpc.aio.UnaryStreamMultiCallable[DownloadRequest, bytes] = self._channel.unary_stream(

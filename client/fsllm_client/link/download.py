@@ -1,8 +1,10 @@
 """Fetching versions: into a content-addressed cache, from any offset, verified chunk by chunk and as a whole."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,10 +20,11 @@ from fsllm_common.errors import Unavailable
 from fsllm_common.files import disk_errors
 from fsllm_common.rpc_errors import error_from
 from fsllm_common.telemetry.metrics import ClientMetrics
-from fsllm_common.tensors.chunks import parse_download
+from fsllm_common.tensors.chunks import Piece, parse_download
 from fsllm_common.tensors.manifest import PayloadDigest, payload_digest, validate
+from fsllm_common.tensors.parts import ManifestReader
 
-KEPT: Final = 4
+KEPT: Final = 2
 """Versions that stay in the cache besides the one in use."""
 
 Advance = Callable[[int, int], None]
@@ -97,6 +100,7 @@ class Partial:
         self._digest = digest
         self._manifest: Manifest | None = None
         self._hash: PayloadDigest | None = None
+        self._file = -1
         self.offset = path.stat().st_size if path.exists() else 0
 
     @property
@@ -117,11 +121,11 @@ class Partial:
             raise Unavailable("DIGEST_MISMATCH", f"The server sent {manifest.digest.hex()} for {self._digest.hex()}")
         self._manifest = manifest
         if self._hash is None:
+            with disk_errors(self.path.parent):
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._hash = PayloadDigest(manifest)
             if self.offset:
                 self._hash.update_file(self.path)
-            else:
-                self.path.touch(mode=0o600)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Append a chunk.
@@ -132,11 +136,10 @@ class Partial:
         """
         if self._hash is None or offset != self.offset or offset + len(data) > self.total:
             raise Unavailable("CHUNK_CORRUPT", f"A chunk at offset {offset}; {self.offset} was expected")
-        with disk_errors(self.path.parent), self.path.open("r+b", buffering=0) as file:
-            file.seek(offset)
+        with disk_errors(self.path.parent):
             written = 0
             while written < len(data):
-                written += file.write(data[written:])
+                written += os.pwrite(self._file, data[written:], offset + written)
         self._hash.update(data)
         self.offset += len(data)
 
@@ -152,13 +155,21 @@ class Partial:
         if self._hash.digest() != self._digest:
             self.restart()
             raise Unavailable("DIGEST_MISMATCH", f"The payload received is not {self._digest.hex()}")
+        self.close()
         return self._manifest
 
     def restart(self) -> None:
         """Throw away what was received."""
+        self.close()
         self.path.unlink(missing_ok=True)
         self._manifest = self._hash = None
         self.offset = 0
+
+    def close(self) -> None:
+        """Let the file go; what it holds stays for the next attempt. May be called twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 class Downloader:
@@ -188,18 +199,21 @@ class Downloader:
             self._metrics.download_seconds.observe(time.monotonic() - started)
             return version
 
-        return await until_done("a download", attempt, lambda: partial.offset)
+        with closing(partial):
+            return await until_done("a download", attempt, lambda: partial.offset)
 
     async def _receive(self, run_id: str, digest: bytes, partial: Partial, advance: Advance) -> None:
         call = self._link.download(DownloadRequest(run_id=run_id, digest=digest, offset=partial.offset))
+        reader = ManifestReader()
         try:
             async for wire in call:
                 match parse_download(wire):
-                    case Manifest() as manifest:
-                        partial.begin(manifest)
-                    case piece:
+                    case Piece() as piece:
                         partial.write(piece.offset, piece.data)
                         self._metrics.received_bytes.inc(len(piece.data))
+                    case message:
+                        if (manifest := reader.take(message)) is not None:
+                            partial.begin(manifest)
                 advance(partial.offset, partial.total)
         except grpc.aio.AioRpcError as error:
             known = error_from(error)

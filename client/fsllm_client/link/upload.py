@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
-from fsllm.v1.federation_pb2 import Receipt, UploadRequest, UploadResponse, UploadStatusRequest
+from fsllm.v1.federation_pb2 import Receipt, UploadBegin, UploadRequest, UploadResponse, UploadStatusRequest
 from fsllm_client.link.channel import Link
 from fsllm_client.link.retry import until_done
 from fsllm_client.site.outbox import Parcel
@@ -17,6 +17,7 @@ from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
 from fsllm_common.tensors.chunks import CHUNK, read_chunks
 from fsllm_common.tensors.manifest import payload_digest
+from fsllm_common.tensors.parts import split_manifest
 
 log = get_logger()
 
@@ -77,13 +78,20 @@ class Uploader:
         ready: float | None = None
         call = self._link.upload()
         try:
-            await call.write(UploadRequest(begin=parcel.begin).SerializeToString())
+            for frame in _announcement(parcel.begin):
+                await call.write(frame)
             async for response in call:
                 match response.WhichOneof("kind"):
                     case "queued":
                         advance("queued", response.queued.place, 0)
                     case "ready":
                         ready = time.monotonic()
+                        log.info(
+                            "sending",
+                            digest=parcel.digest.hex()[:12],
+                            at_byte=response.ready.offset,
+                            of=parcel.begin.manifest.payload_bytes,
+                        )
                         self._metrics.upload_wait_seconds.observe(ready - announced)
                         await self._send_chunks(call, parcel, response.ready.offset, advance)
                     case "receipt":
@@ -112,6 +120,18 @@ class Uploader:
         except asyncio.InvalidStateError:
             # The server has ended the call; reading it says why.
             log.debug("the server ended an upload before its last chunk", offset=offset)
+
+
+def _announcement(begin: UploadBegin) -> Iterator[bytes]:
+    """Yield begin, and the parts of its manifest when that is too large for one message."""
+    first, parts = split_manifest(begin.manifest)
+    if parts:
+        whole, begin = begin, UploadBegin()
+        begin.MergeFrom(whole)
+        begin.manifest.CopyFrom(first)
+    yield UploadRequest(begin=begin).SerializeToString()
+    for part in parts:
+        yield UploadRequest(part=part).SerializeToString()
 
 
 def _is_whole(parcel: Parcel) -> bool:

@@ -52,7 +52,7 @@ def _failed(name: str, error: FsllmError, outcome: Outcome = "failed") -> Check:
 async def examine(settings: DoctorSettings) -> list[Check]:
     """Run every check; a failure of one does not stop the others."""
     checks: list[Check] = []
-    state = StateFolder(settings.state_dir)
+    state = StateFolder(settings.state_dir, make=False)
     checks.append(_state(state))
     checks.append(_disk(state))
     credential, check = _credential(state)
@@ -69,6 +69,8 @@ async def examine(settings: DoctorSettings) -> list[Check]:
 
 
 def _state(state: StateFolder) -> Check:
+    if not state.root.is_dir():
+        return Check("state folder", "warning", f"{state.root} is not there yet", "The daemon makes it.")
     mode = stat.S_IMODE(state.root.stat().st_mode)
     pid = state.daemon_pid()
     who = f"; the daemon runs as process {pid}" if pid is not None else "; no daemon runs"
@@ -76,7 +78,8 @@ def _state(state: StateFolder) -> Check:
 
 
 def _disk(state: StateFolder) -> Check:
-    free = shutil.disk_usage(state.root).free
+    there = next(folder for folder in (state.root, *state.root.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
     text = f"{free / 2**30:.1f} GiB free in {state.root}"
     if free >= LEAST_DISK:
         return Check("disk", "ok", text)
@@ -172,7 +175,9 @@ def _gpu(machine: Machine) -> Check:
 def _compiler(settings: DoctorSettings, machine: Machine) -> Check:
     from fsllm_client.trainer.cpu_adam import is_built
 
-    folder = extensions_folder(settings.torch_extensions_dir) or StateFolder(settings.state_dir).trainer / "extensions"
+    folder = extensions_folder(settings.torch_extensions_dir) or (
+        StateFolder(settings.state_dir, make=False).trainer / "extensions"
+    )
     if is_built(folder):
         return Check("CPU Adam", "ok", f"compiled in {folder}")
     compiler = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)

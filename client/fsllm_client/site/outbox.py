@@ -16,6 +16,9 @@ from fsllm.v1.federation_pb2 import UploadBegin
 from fsllm_client.site.state import DIRECTORY_MODE, FILE_MODE
 from fsllm_common.errors import FsllmError
 from fsllm_common.files import sync_folder, write_atomic
+from fsllm_common.telemetry.logs import get_logger
+
+log = get_logger()
 
 _BEGIN: Final = "begin.pb"
 _PAYLOAD: Final = "payload"
@@ -96,6 +99,7 @@ class Outbox:
             fresh = folder / f".{_BEGIN}"
             fresh.write_bytes(begin.SerializeToString())
             fresh.rename(folder / _BEGIN)
+        log.info("made, and kept until it is acknowledged", digest=begin.manifest.digest.hex()[:12])
         return Parcel(folder, begin)
 
     def remove(self, parcel: Parcel) -> None:

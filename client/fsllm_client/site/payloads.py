@@ -23,7 +23,7 @@ _SUBNORMAL: Final = {"fp32": 0.0, "bf16": 0.0, "fp16": 2.0**-25}
 
 
 def write_adapter(version: CachedVersion, target: Path) -> None:
-    """Write a downloaded version as the float32 safetensors file that the trainer reads.
+    """Write a downloaded version as the float32 safetensors file that the trainer reads, and nobody after a crash.
 
     Raises:
         FsllmError: DISK_FULL, STATE_CORRUPT.
@@ -31,7 +31,7 @@ def write_adapter(version: CachedVersion, target: Path) -> None:
     """
     from fsllm_common.tensors.arrays import to_safetensors
 
-    to_safetensors(version.manifest, version.payload, target)
+    to_safetensors(version.manifest, version.payload, target, durable=False)
 
 
 def encode_adapter(adapter: Path, payload: Path) -> Manifest:

@@ -15,11 +15,15 @@
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import Final, Self
 
 from fsllm_common.errors import FsllmError, SettingsInvalid
-from fsllm_common.files import disk_errors
+from fsllm_common.files import disk_errors, make_folder
+from fsllm_common.telemetry.logs import get_logger
+
+log = get_logger()
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
@@ -38,21 +42,46 @@ def default_state_folder() -> Path:
 class StateFolder:
     """Paths in the state folder. Making one creates the folder, readable by its owner only."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         """Create what is missing.
 
+        Args:
+            root: The folder.
+            make: False to look only: nothing is made or changed, and the folder may be missing.
+
         Raises:
-            SettingsInvalid: The folder can not be made, or belongs to someone else.
+            SettingsInvalid: The folder can not be made or written, or others can read the secrets in it.
 
         """
         self.root = root.expanduser().resolve()
         self._lock: int | None = None
+        if make:
+            self._make()
+
+    @classmethod
+    def existing(cls, root: Path) -> Self:
+        """Return the folder that a daemon has made.
+
+        Raises:
+            SettingsInvalid: There is none.
+
+        """
+        state = cls(root, make=False)
+        if not state.runs.is_dir():
+            raise SettingsInvalid(
+                f"{state.root} is not the state folder of a site",
+                cure="Name the daemon's with --state-dir or FSLLM_STATE_DIR; the daemon makes it when it first starts.",
+            )
+        return state
+
+    def _make(self) -> None:
         try:
             with disk_errors(self.root):
-                self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-                self.root.chmod(DIRECTORY_MODE)
+                make_folder(self.root)
+                _close_to_others(self.root, only_warn=True)
                 for folder in (self.identity, self.runs, self.cache, self.outbox, self.trainer):
-                    folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+                    make_folder(folder)
+                    _close_to_others(folder)
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise SettingsInvalid(
                 f"The state folder {self.root} can not be used: {error.strerror}",
@@ -138,3 +167,24 @@ class StateFolder:
             return None
         finally:
             os.close(descriptor)
+
+
+def _close_to_others(folder: Path, *, only_warn: bool = False) -> None:
+    """Take a folder's permissions from everyone but its owner.
+
+    Args:
+        folder: It exists.
+        only_warn: Of a folder that is somebody else's, as a mounted volume may be: what lies in it is closed itself.
+
+    Raises:
+        PermissionError: It is open to others and not this user's.
+
+    """
+    if not stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        return
+    try:
+        folder.chmod(DIRECTORY_MODE)
+    except PermissionError:
+        if not only_warn or not os.access(folder, os.W_OK):
+            raise
+        log.warning("others may look into the state folder, which is not this user's", folder=str(folder))

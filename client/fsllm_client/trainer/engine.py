@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fsllm_client.trainer.answers import AnswerLogits
 from fsllm_common.errors import ModelUnusable
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.passes: int = config["gradient_accumulation_steps"]
         self.parameters = dict(parameters)
+        self.answers = AnswerLogits(model)
         self._clips_itself = config["gradient_clipping"] == 0 and plan.train.max_grad_norm > 0
         if plan.train.gradient_checkpointing:
             try:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fsllm_client.trainer.answers import AnswerLogits, summed_loss
 from fsllm_client.trainer.generate import batches_of, greedy
-from fsllm_client.trainer.loop import to_device, token_losses
+from fsllm_client.trainer.loop import to_device
 from fsllm_client.trainer.normalise import same_answer
 from fsllm_common.errors import FsllmError, TrainingFailed
 
@@ -36,6 +37,7 @@ class Measured:
 
 def evaluate(
     model: PeftModel,
+    answers: AnswerLogits,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Encoded],
     plan: Plan,
@@ -63,7 +65,7 @@ def evaluate(
     steps = _Steps(group, total, progress, cancelled)
     try:
         if examples:
-            loss, counts["tokens"] = _loss(model, tokenizer, examples, group, batch_size, steps)
+            loss, counts["tokens"] = _loss(model, answers, tokenizer, examples, group, batch_size, steps)
             found = {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
             metrics.update({name: found[name] for name in wanted if name in found})
         if answered:
@@ -99,6 +101,7 @@ class _Steps:
 
 def _loss(
     model: PeftModel,
+    answers: AnswerLogits,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Encoded],
     group: Group,
@@ -113,10 +116,10 @@ def _loss(
     batches = list(evaluation_batches(examples, batch_size=batch_size, pad=special_ids(tokenizer).pad))
     summed, tokens = 0.0, 0
     for batch, counts in group.share(batches):
-        inputs = to_device(batch.inputs, group.device)
-        labels: torch.Tensor = inputs.pop("labels")  # type: ignore[assignment]
+        inputs = dict(batch.inputs)
+        labels: torch.Tensor = inputs.pop("labels")
         with torch.no_grad():
-            loss = token_losses(model(**inputs).logits, labels)
+            loss = summed_loss(*answers(model, to_device(inputs, group.device), labels, group.device))
         if counts:
             summed, tokens = summed + float(loss.double()), tokens + batch.answer_tokens
         steps.advance(batch.examples if counts else 0)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from fsllm_client.trainer.answers import summed_loss
 from fsllm_client.trainer.schedule import learning_rate
 from fsllm_common.algorithms import LocalRule
 from fsllm_common.errors import FsllmError, TrainingFailed
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fsllm_client.trainer.group import Group
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-"""Called with steps done, steps in all, and metrics."""
+"""Called with steps done, steps in all, and metrics: as the first step begins, now and then, and after the last."""
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ def train_round(
     after_backward = rule.after_backward if changes(rule, "after_backward") else None
     after_step = rule.after_step if changes(rule, "after_step") else None
 
+    progress(0, steps, {})
     tokens, seen, loss_sum = 0, 0, 0.0
     began = reported = time.monotonic()
     for number, step in enumerate(islice(batches, steps), start=1):
@@ -139,7 +141,11 @@ def to_device(inputs: Mapping[str, object], device: torch.device) -> dict[str, o
     """Return a batch's inputs with their tensors on the device."""
     import torch
 
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    # Without waiting for the copy: work on a GPU is done in the order in which it is given.
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def _passes(step: Step, engine: Engine) -> list[tuple[Batch, bool]]:
@@ -155,14 +161,20 @@ def _pass_loss(
     engine: Engine, rule: LocalRule, batch: Batch, step: Step, sums: list[torch.Tensor], counts: bool
 ) -> torch.Tensor:
     """Return one pass's part of the step's loss: its tokens' losses over the answer tokens of ALL passes and ranks."""
-    inputs = to_device(batch.inputs, engine.device)
-    labels: torch.Tensor = inputs.pop("labels")  # type: ignore[assignment]
-    logits = engine.forward(**inputs).logits
-    loss = token_losses(logits, labels)
+    inputs = dict(batch.inputs)
+    labels: torch.Tensor = inputs.pop("labels")
+    inputs = to_device(inputs, engine.device)
+    if changes(rule, "loss"):  # it may look at every logit
+        labels = labels.to(engine.device)
+        logits = engine.forward(**inputs).logits
+        loss = token_losses(logits, labels)
+        wanted = rule.loss(loss, labels, logits)
+    else:
+        loss = wanted = summed_loss(*engine.answers(engine.forward, inputs, labels, engine.device))
     if not counts:
         return loss * 0.0
     sums.append(loss.detach().double())
-    return rule.loss(loss, labels, logits) / max(1, step.answer_tokens)
+    return wanted / max(1, step.answer_tokens)
 
 
 def _round_seed(*parts: int) -> int:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsllm_client.trainer import optimizer_state
@@ -44,6 +45,10 @@ class _Run:
     data: SiteData
     sequences: list[Row]
     packed: bool
+    kept: tuple[Path, int] | None = None
+    """The private folder and the round after which the optimizer's state was kept just now."""
+    ahead: tuple[Path, int] | None = None
+    """The private folder and the round for which the engine holds the optimizer's kept state already."""
 
 
 class Session:
@@ -93,9 +98,6 @@ class Session:
         plan = order.plan
         check_folder(order.model)
         site = site_config(order.deepspeed_config) if order.deepspeed_config is not None else None
-        if plan.adapter.kind == "prefix" and plan.train.gradient_checkpointing:
-            # Checkpointing drops the cache that a prefix is; nothing would be trained.
-            raise PlanInvalid("train.gradient_checkpointing: does not go with adapter.kind: prefix")
         tokenizer = load_tokenizer(order.model)
         self._advanced(Advanced(activity="reading", done=0, total=0))
 
@@ -166,11 +168,12 @@ class Session:
         plan = run.order.plan
         if not run.sequences:
             raise PlanInvalid("an evaluator has no training data, and was told to train")
-        keeps = plan.train.optimizer_state == "keep" and order.resume is not None
-        if keeps and order.resume is not None:
-            optimizer_state.load_before(order.resume, order.round, run.engine)
-        else:
+        kept = order.resume if plan.train.optimizer_state == "keep" else None
+        if kept is None:
             run.engine.reset_optimizer()
+        elif run.ahead != (kept, order.round):
+            optimizer_state.load_before(kept, order.round, run.engine)
+        run.kept = run.ahead = None
         batches = TrainingBatches(
             run.sequences,
             packed=run.packed,
@@ -197,12 +200,29 @@ class Session:
             progress=progress,
             cancelled=self._cancelled,
         )
-        if keeps and order.resume is not None:
-            optimizer_state.save(order.resume, order.round, run.engine, writes=group.rank == 0)
+        if kept is not None:
+            # Before the delta: once that is delivered, the next round must start from this state and from no other.
+            optimizer_state.save(kept, order.round, run.engine, writes=group.rank == 0)
+            group.total(0.0)  # no rank goes on before the file is there
         if group.rank == 0:
-            write_tensors(order.delta, trained.delta)
+            # Not synced: the daemon syncs what it makes of it, and a crash before that has the round trained again.
+            write_tensors(order.delta, trained.delta, durable=False)
+        run.kept = (kept, order.round) if kept is not None else None
         counts = {"examples": len(run.data.train), "tokens": trained.tokens, "steps": trained.steps}
         return Finished(counts=counts, metrics=trained.metrics)
+
+    def look_ahead(self) -> None:
+        """Do now, while the round is gathered and evaluated, what the next one would else begin with.
+
+        Only a kept optimizer has anything to do: its state is set as it would be by a worker that was started anew, so
+        that a round gives the same bits in both. Nothing waits for this but the next order.
+        """
+        run = self._run
+        if run is None or run.kept is None:
+            return
+        (folder, number), run.kept = run.kept, None
+        optimizer_state.load_before(folder, number + 1, run.engine)
+        run.ahead = (folder, number + 1)
 
     def _evaluate(self, order: Evaluate) -> Finished:
         from fsllm_client.trainer.evaluate import evaluate
@@ -212,6 +232,7 @@ class Session:
         run.engine.write_adapter(self._read_adapter(order.adapter, run.engine))
         measured = evaluate(
             run.engine.model,
+            run.engine.answers,
             run.tokenizer,
             run.data.validation,
             run.order.plan,
@@ -265,15 +286,16 @@ def _sequences(order: Prepare, data: SiteData, engine: Engine) -> tuple[bool, li
 
     plan = order.plan
     notes: list[str] = []
+    engine.model.eval()
+    if not engine.answers.check(engine.model, vocabulary(engine.model), engine.device):
+        notes.append("this model's logits are computed for every token: they can not be had for the answers alone")
     packed = plan.data.packing and order.role == "site"
     if packed and not adapter_allows_packing(plan.adapter.kind):
         packed = False
         notes.append(f"sequences are not packed: only the first example of each would see the {plan.adapter.kind}")
-    if packed:
-        engine.model.eval()
-        if not keeps_examples_apart(engine.model, vocabulary(engine.model), engine.device):
-            packed = False
-            notes.append("sequences are not packed: this model does not keep the examples of one apart")
+    if packed and not keeps_examples_apart(engine.model, vocabulary(engine.model), engine.device):
+        packed = False
+        notes.append("sequences are not packed: this model does not keep the examples of one apart")
     sequences = arrange(data.train, packed=packed, max_length=plan.data.max_length, seed=plan.seed)
     return packed, sequences, notes
 

@@ -93,6 +93,8 @@ class Trainer:
         self._unwanted = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._prepared: tuple[Prepare, Finished] | None = None
+        self.prepares = 0
+        """How often a model was loaded and data tokenised; not between the rounds of one run."""
         self._wanted: Prepare | None = None
         self._log_start = 0
         self._kills_before: int | None = None
@@ -204,6 +206,7 @@ class Trainer:
             # which saves the many seconds that importing the training stack takes.
             await self.stop()
         await self.start()
+        self.prepares += 1
         finished = await self._carry_out(self._wanted, on_progress)
         self._prepared = (self._wanted, finished)
         return finished

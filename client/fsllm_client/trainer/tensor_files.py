@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsllm_common.errors import Unavailable
+from fsllm_common.files import replacing
 
 if TYPE_CHECKING:
     import torch
 
+_MODE = 0o600  # what a site has learnt is its own
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors (on CPU) durably: a reader, or a restart, finds the old file or the whole new one.
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, durable: bool = True
+) -> None:
+    """Write the tensors (on CPU): a reader, or a restart, finds the old file or the whole new one.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: To stand in the file beside them.
+        durable: As for ``files.replacing``.
 
     Raises:
-        Unavailable: DISK_FULL, when the file can not be written for want of space.
+        Unavailable: DISK_FULL, DISK_FAILED.
 
     """
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise Unavailable("DISK_FULL", f"can not write {path}: {error.strerror}") from error
+    with replacing(path, mode=_MODE, durable=durable) as fresh:
+        fresh.write_bytes(data)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -49,6 +49,7 @@ def main() -> NoReturn:
     while not isinstance(order := channel.next_order(), Stop):
         _log.info("order: %s", order.kind)
         channel.send(_outcome(session, order))
+        session.look_ahead()
     logging.shutdown()
     os._exit(0)  # torch takes seconds to take itself down, and holds nothing that the kernel does not
 

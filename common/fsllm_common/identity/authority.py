@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fsllm_common.errors import FsllmError
 from fsllm_common.files import write_atomic
+from fsllm_common.identity.keys import MAX_CSR
 from fsllm_common.identity.names import Member
 
 AUTHORITY_LIFETIME: Final = timedelta(days=3652)
@@ -25,7 +26,6 @@ MEMBER_LIFETIME: Final = timedelta(hours=24)
 CLOCK_TOLERANCE: Final = timedelta(minutes=5)
 """Certificates are valid from so long ago, for peers whose clock is behind."""
 
-MAX_CSR: Final = 16_384
 _FILE: Final = "authority.pem"
 
 

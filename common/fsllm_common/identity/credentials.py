@@ -13,15 +13,16 @@ from fsllm_common.identity.keys import Certificate, Credential
 from fsllm_common.identity.names import Member, Role
 
 MAX_MESSAGE: Final = 4 * 1024 * 1024
-"""Bytes; chunks are 1 MiB, so this is a defence, and the limit of a manifest."""
+"""Bytes; chunks and the parts of a manifest are 1 MiB, so this is a defence."""
 
 Options = tuple[tuple[str, int], ...]
 
 _COMMON_OPTIONS: Final[Options] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Without this a peer that is stopped, but whose host answers, is not noticed for more than 20 s.
-    ("grpc.http2.ping_timeout_ms", 10_000),
+    # So that a peer that is stopped, but whose host answers, is noticed. No less: on a slow line the answer waits behind
+    # the megabytes of a payload that lie in the sockets' buffers, and a connection that advances must not be cut.
+    ("grpc.http2.ping_timeout_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Bounds the memory of a stream; costs nothing measurable.
     ("grpc.http2.bdp_probe", 0),
@@ -37,7 +38,31 @@ SERVER_OPTIONS: Final[Options] = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     # Two servers must not share a port in silence.
     ("grpc.so_reuseport", 0),
+    # A connection without a call is of no use: daemons keep Attach open, and whoever calls again connects again.
+    ("grpc.max_connection_idle_ms", 120_000),
 )
+
+ENROLLMENT_OPTIONS: Final[Options] = (
+    *(option for option in SERVER_OPTIONS if option[0] != "grpc.max_connection_idle_ms"),
+    # Anybody may connect here, and needs a second.
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.max_connection_age_grace_ms", 10_000),
+    ("grpc.max_concurrent_streams", 4),
+)
+"""Of the port that asks for no certificate."""
+
+
+def with_keepalive(options: Options, seconds: float) -> Options:
+    """Return ``options`` with a ping after every ``seconds`` of silence; in as many more it must be answered."""
+    milliseconds = round(seconds * 1000)
+    changed = {
+        "grpc.keepalive_time_ms": milliseconds,
+        "grpc.keepalive_timeout_ms": milliseconds // 3,
+        "grpc.http2.ping_timeout_ms": milliseconds,
+        "grpc.http2.min_ping_interval_without_data_ms": milliseconds * 2 // 3,
+    }
+    return tuple((name, changed.get(name, value)) for name, value in options)
 
 
 class Context(Protocol):

@@ -19,6 +19,8 @@ from fsllm_common.errors import FsllmError
 from fsllm_common.files import write_atomic
 from fsllm_common.identity.names import Member
 
+MAX_CSR: Final = 16_384
+"""Bytes of a certificate signing request."""
 CREDENTIAL_FILE: Final = "credential.pem"
 RENEW_AFTER: Final = 2 / 3
 """Of a certificate's life."""
@@ -109,6 +111,8 @@ def request_fingerprint(csr_pem: bytes) -> str:
         FsllmError: CSR_INVALID.
 
     """
+    if len(csr_pem) > MAX_CSR:
+        raise FsllmError("CSR_INVALID", f"A certificate signing request has at most {MAX_CSR} bytes")
     try:
         key = x509.load_pem_x509_csr(csr_pem).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

@@ -3,6 +3,7 @@
 import socket
 import ssl
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,8 @@ from fsllm_common.identity.keys import Certificate, Credential, check_credential
 
 TIMEOUT: Final = 5.0
 """Seconds for each of: connecting, the handshake, the server's first byte."""
+PAUSE: Final = 1.0
+"""Seconds between two tries of a handshake whose end says nothing certain."""
 
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 _OUT_OF_TIME: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
@@ -21,7 +24,7 @@ _OTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADD
 def knock(server: str, authority: bytes, credential: Credential | None = None) -> Certificate:
     """Connect by TCP, then TLS, and return the server's certificate.
 
-    Blocks for up to three times ``TIMEOUT``: call it in a thread.
+    Blocks for up to six times ``TIMEOUT``: call it in a thread.
 
     Args:
         server: ``host:port``, as a person gave it.
@@ -35,8 +38,21 @@ def knock(server: str, authority: bytes, credential: Credential | None = None) -
     host, _, port = server.rpartition(":")
     host = host.strip("[]")
     context = _context(authority, credential)
+    for last in (False, True):
+        if (certificate := _shake_hands(server, host, int(port), context)) is not None:
+            return certificate
+        if not last:
+            # A server that does not like our certificate closes the connection; so does one that ends at this moment.
+            time.sleep(PAUSE)
+    raise FsllmError(
+        "CERTIFICATE_UNTRUSTED", f"{server} does not trust our certificate: it closes the connection on seeing it"
+    )
+
+
+def _shake_hands(server: str, host: str, port: int, context: ssl.SSLContext) -> Certificate | None:
+    """Return the server's certificate; None when the server closes the connection after the handshake."""
     try:
-        plain = socket.create_connection((host, int(port)), TIMEOUT)
+        plain = socket.create_connection((host, port), TIMEOUT)
     except socket.gaierror:
         raise Unavailable("SERVER_UNREACHABLE", f"The host name {host!r} is not known here") from None
     except TimeoutError:
@@ -47,17 +63,18 @@ def knock(server: str, authority: bytes, credential: Credential | None = None) -
         raise Unavailable("SERVER_UNREACHABLE", f"{server}: {error.strerror or error}") from error
     try:
         with plain, context.wrap_socket(plain, server_hostname=host) as secure:
+            theirs = ssl.DER_cert_to_PEM_cert(secure.getpeercert(binary_form=True) or b"")
             # In TLS 1.3 the server's verdict on our certificate comes only after the handshake.
-            secure.sendall(_HTTP2_PREFACE)
-            if not secure.recv(1):
-                raise _refused(server, "it closes the connection on seeing it")
-            return Certificate.parse(ssl.DER_cert_to_PEM_cert(secure.getpeercert(binary_form=True) or b"").encode())
+            try:
+                secure.sendall(_HTTP2_PREFACE)
+                heard = secure.recv(1)
+            except ConnectionError:
+                heard = b""
+            return Certificate.parse(theirs.encode()) if heard else None
     except ssl.SSLCertVerificationError as error:
         raise _about_their_certificate(server, host, error) from error
     except ssl.SSLError as error:
         raise _about_ours(server, error) from error
-    except ConnectionResetError:
-        raise _refused(server, "it closes the connection on seeing it") from None
     except TimeoutError:
         raise Unavailable("SERVER_UNREACHABLE", f"{server} accepts connections but does not speak TLS") from None
     except OSError as error:
@@ -110,9 +127,5 @@ def _about_ours(server: str, error: ssl.SSLError) -> FsllmError:
     if "EXPIRED" in text:
         return FsllmError("CERTIFICATE_EXPIRED", f"{server} says that our certificate has expired")
     if any(alert in text for alert in ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_UNKNOWN", "DECRYPT_ERROR")):
-        return _refused(server, text)
+        return FsllmError("CERTIFICATE_UNTRUSTED", f"{server} does not trust our certificate: {text}")
     return Unavailable("SERVER_UNREACHABLE", f"{server}: the TLS connection fails: {text}")
-
-
-def _refused(server: str, why: str) -> FsllmError:
-    return FsllmError("CERTIFICATE_UNTRUSTED", f"{server} does not trust our certificate: {why}")

@@ -180,6 +180,12 @@ REFUSED: Final[tuple[Combination, ...]] = (
         "virtual tokens stand before a whole sequence, so that packed examples would share them: say packing: false",
     ),
     Combination(
+        "train.gradient_checkpointing, adapter.kind",
+        lambda p: p.train.gradient_checkpointing and p.adapter.kind == "prefix",
+        "checkpointing drops the cache that a prefix is, so that nothing would be trained: say "
+        "gradient_checkpointing: false",
+    ),
+    Combination(
         "data.template", lambda p: p.data.template not in TEMPLATES, f"unknown template; known: {', '.join(TEMPLATES)}"
     ),
     Combination("data.fields, data.format", _foreign_fields, "these fields do not belong to one format of rows"),

@@ -7,8 +7,10 @@ to whom; they never hold a row of data, a secret or a tensor.
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO
+
+from fsllm_common.text import printable
 
 # structlog imports rich for coloured tracebacks wherever rich is installed: 4 MiB that a daemon never uses. None in
 # sys.modules is the import system's own way to say "not there"; it is undone at once, so that others find rich.
@@ -23,6 +25,21 @@ finally:
 
 Logger = structlog.typing.FilteringBoundLogger
 Level = Literal["debug", "info", "warning", "error"]
+
+
+class _Forgiving:
+    """A stream whose failures (a full disk under a log file, a reader who has gone) cost lines of the log, not work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def configure(
@@ -45,9 +62,10 @@ def configure(
     ]
     ending: list[structlog.typing.Processor] = (
         [
+            _printable,
             structlog.dev.ConsoleRenderer(
                 colors=stream.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
-            )
+            ),
         ]
         if human
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -56,7 +74,7 @@ def configure(
     structlog.configure(
         processors=[*shared, *ending],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=_Forgiving(stream)),  # type: ignore[arg-type]  # it has what is used
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
@@ -74,6 +92,14 @@ def get_logger(**bound: Any) -> Logger:  # noqa: ANN401 - whatever structlog can
     """Return a logger; use this rather than ``import structlog``, which would pull rich in."""
     logger: Logger = structlog.get_logger(**bound)
     return logger
+
+
+def _printable(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Keep a peer's words from writing lines and terminal commands of their own; JSON escapes them anyway."""
+    return {
+        key: printable(value) if isinstance(value, str) and key != "exception" else value
+        for key, value in event.items()
+    }
 
 
 @contextmanager

@@ -102,6 +102,12 @@ class ClientMetrics(_End):
         # Orders.
         self.orders = self._counter("orders_total", "Orders that ended, by kind and outcome.", "kind", "outcome")
         self.order_seconds = self._histogram("order_seconds", "Duration of orders.", SLOW, "kind")
+        self.round_start_seconds = self._histogram(
+            "round_start_seconds", "From an order to train, sent with the published version, to the first step.", QUICK
+        )
+        self.round_finish_seconds = self._histogram(
+            "round_finish_seconds", "From the last training step of a round to the receipt.", QUICK
+        )
         # Training.
         self.steps = self._counter("training_steps_total", "Optimizer steps taken.")
         self.tokens = self._counter("training_tokens_total", "Tokens trained on.")
@@ -109,6 +115,9 @@ class ClientMetrics(_End):
         self.loss = self._gauge("loss", "Loss of the last evaluation.", "run")
         self.tokens_per_second = self._gauge("tokens_per_second", "Training speed reported last.")
         self.trainer_starts = self._counter("trainer_starts_total", "Times a trainer process was started.")
+        self.trainer_prepares = self._counter(
+            "trainer_prepares_total", "Times a trainer loaded a model and tokenised the data; once a run."
+        )
         self.gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Peak GPU memory of the trainer's last order.")
         self.trainer_memory_bytes = self._gauge("trainer_memory_bytes", "Resident memory of the trainer's processes.")
         # Privacy.

@@ -183,22 +183,30 @@ def from_safetensors(source: Path, element_type: ElementType.ValueType, payload:
 
 
 def to_safetensors(
-    manifest: Manifest, payload: Path, target: Path, *, metadata: Mapping[str, str] | None = None
+    manifest: Manifest,
+    payload: Path,
+    target: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    durable: bool = True,
 ) -> None:
     """Write a payload as a safetensors file of float32 tensors, whole or not at all.
 
     The manifest's adapter_config, when set, becomes the metadata key ``adapter_config``; ``metadata`` is added.
+    ``durable``: as for ``files.replacing``.
 
     Raises:
         FsllmError: STATE_CORRUPT: the payload's length is not the manifest's. DISK_FULL.
 
     """
     notes = {ADAPTER_CONFIG: manifest.adapter_config} if manifest.adapter_config else {}
-    save_arrays(decode(manifest, payload), target, metadata={**notes, **(metadata or {})})
+    save_arrays(decode(manifest, payload), target, metadata={**notes, **(metadata or {})}, durable=durable)
 
 
-def save_arrays(arrays: Arrays, target: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write float32 arrays as a safetensors file, whole or not at all.
+def save_arrays(
+    arrays: Arrays, target: Path, *, metadata: Mapping[str, str] | None = None, durable: bool = True
+) -> None:
+    """Write float32 arrays as a safetensors file, whole or not at all. ``durable``: as for ``files.replacing``.
 
     Raises:
         Unavailable: DISK_FULL.
@@ -206,7 +214,7 @@ def save_arrays(arrays: Arrays, target: Path, *, metadata: Mapping[str, str] | N
     """
     # safetensors writes the raw buffer: a transposed array would be stored scrambled, without an error.
     dense = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    with replacing(target) as fresh:
+    with replacing(target, durable=durable) as fresh:
         safetensors_numpy.save_file(dense, fresh, metadata=dict(metadata or {}))
 
 

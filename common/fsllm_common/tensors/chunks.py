@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from fsllm.v1.control_pb2 import ExportRunResponse
 from fsllm.v1.federation_pb2 import DownloadResponse, UploadBegin, UploadRequest
-from fsllm.v1.tensors_pb2 import Chunk, Manifest
+from fsllm.v1.tensors_pb2 import Chunk, Manifest, ManifestPart
 from fsllm_common.errors import FsllmError, Unavailable
 
 CHUNK: Final = 1 << 20
@@ -30,6 +30,8 @@ _CHUNK_FIELD: Final = 0x12  # field 2, length-delimited
 _OFFSET: Final = 0x08  # field 1, varint
 _CRC: Final = 0x15  # field 2, fixed32
 _DATA: Final = 0x1A  # field 3, length-delimited
+_HEAD_ROOM: Final = 32
+"""Bytes in front of a chunk's data that its head fits in: two tags with lengths, the offset, the checksum."""
 _MAX_UINT64: Final = (1 << 64) - 1
 
 Envelope = TypeVar("Envelope", UploadRequest, DownloadResponse, ExportRunResponse)
@@ -44,6 +46,11 @@ class Piece(NamedTuple):
 
 def frame_chunk(offset: int, data: bytes | memoryview) -> bytes:
     """Return the serialised message whose field 2 is Chunk(offset, crc32c of data, data)."""
+    return b"".join((_head(offset, data), data))
+
+
+def _head(offset: int, data: bytes | memoryview) -> bytes:
+    """Return what stands in front of the data in the frame."""
     checksum = crc32c(data)
     inner = b"".join(
         (
@@ -52,7 +59,7 @@ def frame_chunk(offset: int, data: bytes | memoryview) -> bytes:
             bytes((_DATA,)) + _varint(len(data)) if len(data) else b"",
         )
     )
-    return b"".join((bytes((_CHUNK_FIELD,)), _varint(len(inner) + len(data)), inner, data))
+    return b"".join((bytes((_CHUNK_FIELD,)), _varint(len(inner) + len(data)), inner))
 
 
 def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
@@ -62,51 +69,64 @@ def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
         FsllmError: OFFSET_OUT_OF_RANGE.
 
     """
+    # Read behind the place of the head: what gRPC gets is the only copy made of what the page cache gave.
+    frame = memoryview(bytearray(_HEAD_ROOM + CHUNK))
     descriptor = os.open(payload, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         if not 0 <= offset <= size:
             raise FsllmError("OFFSET_OUT_OF_RANGE", f"Offset {offset} lies outside the payload of {size} bytes")
         while offset < size:
-            data = os.pread(descriptor, min(CHUNK, size - offset), offset)
-            if not data:
+            got = os.preadv(descriptor, [frame[_HEAD_ROOM : _HEAD_ROOM + min(CHUNK, size - offset)]], offset)
+            if not got:
                 raise FsllmError(
                     "STATE_CORRUPT", f"{payload} became shorter while it was sent: {offset} of {size} bytes"
                 )
-            yield frame_chunk(offset, data)
-            offset += len(data)
+            head = _head(offset, frame[_HEAD_ROOM : _HEAD_ROOM + got])
+            begin = _HEAD_ROOM - len(head)
+            frame[begin:_HEAD_ROOM] = head
+            yield bytes(frame[begin : _HEAD_ROOM + got])
+            offset += got
     finally:
         os.close(descriptor)
 
 
-def parse_upload(wire: bytes) -> UploadBegin | Piece:
+def parse_upload(wire: bytes) -> UploadBegin | ManifestPart | Piece:
     """Return what a serialised UploadRequest holds.
 
     Raises:
-        FsllmError: CHUNK_CORRUPT: not an UploadRequest, neither kind is set, or the checksum differs.
+        FsllmError: CHUNK_CORRUPT: not an UploadRequest, no kind is set, or the checksum differs.
 
     """
     if (piece := _parse_fast(wire)) is not None:
         return piece
     message = _parse_slow(UploadRequest, wire)
-    if message.WhichOneof("kind") == "begin":
-        return message.begin
-    return _piece(message.chunk)
+    match message.WhichOneof("kind"):
+        case "begin":
+            return message.begin
+        case "part":
+            return message.part
+        case _:
+            return _piece(message.chunk)
 
 
-def parse_download(wire: bytes) -> Manifest | Piece:
+def parse_download(wire: bytes) -> Manifest | ManifestPart | Piece:
     """Return what a serialised DownloadResponse (or ExportRunResponse, which has the same form) holds.
 
     Raises:
-        FsllmError: CHUNK_CORRUPT: not a DownloadResponse, neither kind is set, or the checksum differs.
+        FsllmError: CHUNK_CORRUPT: not a DownloadResponse, no kind is set, or the checksum differs.
 
     """
     if (piece := _parse_fast(wire)) is not None:
         return piece
     message = _parse_slow(DownloadResponse, wire)
-    if message.WhichOneof("kind") == "manifest":
-        return message.manifest
-    return _piece(message.chunk)
+    match message.WhichOneof("kind"):
+        case "manifest":
+            return message.manifest
+        case "part":
+            return message.part
+        case _:
+            return _piece(message.chunk)
 
 
 def _parse_slow(kind: type[Envelope], wire: bytes) -> Envelope:

@@ -16,7 +16,7 @@ from fsllm.v1.control_pb2 import (
     SubmitRunRequest,
 )
 from fsllm_common.plan import canonical_json, plan_from_file
-from fsllm_operator.as_json import run_object
+from fsllm_operator.as_json import manifest_object, run_object
 from fsllm_operator.connection import Connection
 from fsllm_operator.console import stdout
 from fsllm_operator.display import run_display
@@ -36,7 +36,7 @@ def run() -> None:
     epilog="""
 \b
 fsllm run submit plan.yaml --watch
-Exit codes with --watch: 0 the run is done; 11 it failed, is paused or was cancelled; 130 Ctrl-C (the run goes on).
+Exit codes with --watch: 0 the run is done; 11 it is paused or was cancelled; 130 Ctrl-C (the run goes on).
 """
 )
 @connected
@@ -87,16 +87,17 @@ def list_runs(connection: Connection, as_json: bool) -> None:
 @click.argument("run_id", metavar="RUN")
 @json_option
 def show(connection: Connection, run_id: str, as_json: bool) -> None:
-    """Show all of a run: members, every committed round, its metrics; with --json its plan too."""
+    """Show all of a run: members, every committed round, its metrics; with --json its plan and manifests too."""
     found = connection.run(run_id)
     if as_json:
-        click.echo(json.dumps(run_object(found), indent=2))
+        manifests = [manifest_object(manifest) for manifest in connection.manifests(found.run_id)]
+        click.echo(json.dumps({**run_object(found), "manifests": manifests}, indent=2))
     else:
         stdout().print(run_display(Watched.of(found), all_rounds=True))
 
 
 @run.command(
-    epilog="\b\nExit codes: 0 the run is done; 11 it failed, is paused or was cancelled; 130 Ctrl-C (the run goes on)."
+    epilog="\b\nExit codes: 0 the run is done; 11 it is paused or was cancelled; 130 Ctrl-C (the run goes on)."
 )
 @connected
 @click.argument("run_id", metavar="RUN")
@@ -173,6 +174,57 @@ def export(connection: Connection, run_id: str, output: Path, version: int | Non
             f"Version {exported.version} of {exported.name} is in {output}: {exported.tensors} tensors, verified."
         )
         click.echo(f"  {output / 'README.md'} says how to load it.")
+
+
+@run.command(
+    epilog="""
+\b
+A round is one of
+  recomputed   its manifest and versions are what was recorded, and adding its uploads up again gave the same bits
+  chain only   manifest and versions are what was recorded; its uploads are not kept (--keep-spools-rounds)
+  BROKEN       something was changed after the commit; the last column says what
+Exit codes: 0 no round is broken, 9 one is.
+"""
+)
+@connected
+@click.argument("run_id", metavar="RUN")
+@click.option("--round", "round_", type=click.IntRange(min=0), help="Only this round. Default: all committed ones.")
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The manifests.json of an earlier export: the server must not say otherwise now.",
+)
+@json_option
+def verify(connection: Connection, run_id: str, round_: int | None, against: Path | None, as_json: bool) -> None:
+    """Check that every committed round is what it was, from its uploads where they are kept.
+
+    The server reads everything again; the chain of the manifests is checked here.
+    """
+    from rich.console import Console
+
+    from fsllm_operator import verify as verifying
+
+    copy = verifying.read_copy(against) if against is not None else ()
+    found = connection.run(run_id)
+    with verifying.progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        verified = verifying.verify_run(
+            connection,
+            found,
+            round_,
+            copy=copy,
+            tell=lambda p: bar.update(
+                task, description=f"round {p.round}", completed=p.done_bytes, total=p.total_bytes
+            ),
+        )
+    if as_json:
+        click.echo(json.dumps([one.as_object() for one in verified], indent=2))
+    elif verified:
+        stdout().print(verifying.table(verified))
+        click.echo(f"The last manifest's digest stands for all of this: {verified[-1].manifest}")
+    else:
+        click.echo("No round is committed yet.")
+    verifying.demand_sound(found, verified)
 
 
 def _say(changed: Run, as_json: bool) -> None:

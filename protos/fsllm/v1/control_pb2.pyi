@@ -33,7 +33,6 @@ class _RunStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunStatus.V
     RUN_STATUS_PAUSED: _RunStatus.ValueType  # 2
     RUN_STATUS_DONE: _RunStatus.ValueType  # 3
     RUN_STATUS_CANCELLED: _RunStatus.ValueType  # 4
-    RUN_STATUS_FAILED: _RunStatus.ValueType  # 5
 
 class RunStatus(_RunStatus, metaclass=_RunStatusEnumTypeWrapper): ...
 
@@ -42,8 +41,32 @@ RUN_STATUS_RUNNING: RunStatus.ValueType  # 1
 RUN_STATUS_PAUSED: RunStatus.ValueType  # 2
 RUN_STATUS_DONE: RunStatus.ValueType  # 3
 RUN_STATUS_CANCELLED: RunStatus.ValueType  # 4
-RUN_STATUS_FAILED: RunStatus.ValueType  # 5
 Global___RunStatus: _TypeAlias = RunStatus  # noqa: Y015
+
+class _RoundVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoundVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUND_VERDICT_UNSPECIFIED: _RoundVerdict.ValueType  # 0
+    ROUND_VERDICT_RECOMPUTED: _RoundVerdict.ValueType  # 1
+    """Adding the kept uploads up again gave the result bit for bit."""
+    ROUND_VERDICT_CHAIN_ONLY: _RoundVerdict.ValueType  # 2
+    """The digests are right; the uploads are not kept, so that nothing was recomputed."""
+    ROUND_VERDICT_BROKEN: _RoundVerdict.ValueType  # 3
+    """Something differs from what was recorded at the commit."""
+
+class RoundVerdict(_RoundVerdict, metaclass=_RoundVerdictEnumTypeWrapper): ...
+
+ROUND_VERDICT_UNSPECIFIED: RoundVerdict.ValueType  # 0
+ROUND_VERDICT_RECOMPUTED: RoundVerdict.ValueType  # 1
+"""Adding the kept uploads up again gave the result bit for bit."""
+ROUND_VERDICT_CHAIN_ONLY: RoundVerdict.ValueType  # 2
+"""The digests are right; the uploads are not kept, so that nothing was recomputed."""
+ROUND_VERDICT_BROKEN: RoundVerdict.ValueType  # 3
+"""Something differs from what was recorded at the commit."""
+Global___RoundVerdict: _TypeAlias = RoundVerdict  # noqa: Y015
 
 @_typing.final
 class Run(_message.Message):
@@ -69,7 +92,7 @@ class Run(_message.Message):
     """The round in progress and the number planned."""
     rounds: _builtins.int
     message: _builtins.str
-    """Why it is paused or failed, or what it waits for."""
+    """Why it is paused, or what it waits for."""
     plan: _builtins.bytes
     """Canonical JSON."""
     @_builtins.property
@@ -172,7 +195,10 @@ class Commit(_message.Message):
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     PHASE_SECONDS_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     round: _builtins.int
+    manifest_digest: _builtins.bytes
+    """BLAKE3 of the round's manifest, which ListManifests sends."""
     @_builtins.property
     def version(self) -> _federation_pb2.Version: ...
     @_builtins.property
@@ -194,14 +220,46 @@ class Commit(_message.Message):
         contributions: _abc.Iterable[Global___Contribution] | None = ...,
         metrics: _abc.Iterable[Global___MemberMetrics] | None = ...,
         phase_seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        manifest_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "contributions", b"contributions", "metrics", b"metrics", "phase_seconds", b"phase_seconds", "round", b"round", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "contributions", b"contributions", "manifest_digest", b"manifest_digest", "metrics", b"metrics", "phase_seconds", b"phase_seconds", "round", b"round", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Commit: _TypeAlias = Commit  # noqa: Y015
+
+@_typing.final
+class RoundManifest(_message.Message):
+    """What was added to what in a committed round, and what came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    body: _builtins.bytes
+    """JSON: keys sorted, no spaces, ASCII, numbers in the shortest form that reads back as the same float64. Its keys are
+    described in docs/operations.md.
+    """
+    digest: _builtins.bytes
+    """BLAKE3 of body, as recorded at the commit; empty for rounds that fsllm 0.1.0 committed."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        body: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "digest", b"digest", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundManifest: _TypeAlias = RoundManifest  # noqa: Y015
 
 @_typing.final
 class Contribution(_message.Message):
@@ -618,25 +676,179 @@ class ExportRunResponse(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def manifest(self) -> _tensors_pb2.Manifest: ...
     @_builtins.property
     def chunk(self) -> _tensors_pb2.Chunk: ...
+    @_builtins.property
+    def part(self) -> _tensors_pb2.ManifestPart: ...
     def __init__(
         self,
         *,
         manifest: _tensors_pb2.Manifest | None = ...,
         chunk: _tensors_pb2.Chunk | None = ...,
+        part: _tensors_pb2.ManifestPart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "kind", b"kind", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "kind", b"kind", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "kind", b"kind", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["manifest", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["manifest", "chunk", "part"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___ExportRunResponse: _TypeAlias = ExportRunResponse  # noqa: Y015
+
+@_typing.final
+class ListManifestsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListManifestsRequest: _TypeAlias = ListManifestsRequest  # noqa: Y015
+
+@_typing.final
+class ListManifestsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def manifest(self) -> Global___RoundManifest: ...
+    def __init__(
+        self,
+        *,
+        manifest: Global___RoundManifest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListManifestsResponse: _TypeAlias = ListManifestsResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRunRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    round: _builtins.int
+    """Unset: all that are committed."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round: _TypeAlias = _typing.Literal["round"]  # noqa: Y015
+    _WhichOneofArgType__round: _TypeAlias = _typing.Literal["_round", b"_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round) -> _WhichOneofReturnType__round | None: ...
+
+Global___VerifyRunRequest: _TypeAlias = VerifyRunRequest  # noqa: Y015
+
+@_typing.final
+class VerifyRunResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___VerifyProgress: ...
+    @_builtins.property
+    def finding(self) -> Global___RoundFinding: ...
+    def __init__(
+        self,
+        *,
+        progress: Global___VerifyProgress | None = ...,
+        finding: Global___RoundFinding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "kind", b"kind", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "kind", b"kind", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["progress", "finding"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___VerifyRunResponse: _TypeAlias = VerifyRunResponse  # noqa: Y015
+
+@_typing.final
+class VerifyProgress(_message.Message):
+    """Of all rounds asked for: the bytes to read and those read so far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    done_bytes: _builtins.int
+    total_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "round", b"round", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyProgress: _TypeAlias = VerifyProgress  # noqa: Y015
+
+@_typing.final
+class RoundFinding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    verdict: Global___RoundVerdict.ValueType
+    note: _builtins.str
+    """What people should know besides: why nothing was recomputed."""
+    @_builtins.property
+    def manifest(self) -> Global___RoundManifest: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What differs, a sentence each; only of broken rounds."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___RoundManifest | None = ...,
+        verdict: Global___RoundVerdict.ValueType = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "note", b"note", "problems", b"problems", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundFinding: _TypeAlias = RoundFinding  # noqa: Y015
 
 @_typing.final
 class InviteRequest(_message.Message):

@@ -75,6 +75,16 @@ class ControlServiceStub(object):
                 request_serializer=fsllm_dot_v1_dot_control__pb2.ExportRunRequest.SerializeToString,
                 response_deserializer=fsllm_dot_v1_dot_control__pb2.ExportRunResponse.FromString,
                 _registered_method=True)
+        self.ListManifests = channel.unary_stream(
+                '/fsllm.v1.ControlService/ListManifests',
+                request_serializer=fsllm_dot_v1_dot_control__pb2.ListManifestsRequest.SerializeToString,
+                response_deserializer=fsllm_dot_v1_dot_control__pb2.ListManifestsResponse.FromString,
+                _registered_method=True)
+        self.VerifyRun = channel.unary_stream(
+                '/fsllm.v1.ControlService/VerifyRun',
+                request_serializer=fsllm_dot_v1_dot_control__pb2.VerifyRunRequest.SerializeToString,
+                response_deserializer=fsllm_dot_v1_dot_control__pb2.VerifyRunResponse.FromString,
+                _registered_method=True)
         self.Invite = channel.unary_unary(
                 '/fsllm.v1.ControlService/Invite',
                 request_serializer=fsllm_dot_v1_dot_control__pb2.InviteRequest.SerializeToString,
@@ -159,6 +169,25 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListManifests(self, request, context):
+        """Sends the manifest of every committed round, from round 0 on. Whoever holds them can check by themselves that each
+        has its digest and names the digest of the one before. Errors: RUN_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyRun(self, request, context):
+        """The server reads the log again from its database and looks at each committed round (or at one): whether manifest,
+        versions and kept uploads have the digests that were recorded at the commit, and, where the uploads are kept,
+        whether adding them up again gives the result bit for bit. It sends progress, and a finding for each round as it is
+        done with it, in order. Live rounds go on meanwhile; verifications wait for each other. Closing the stream ends it.
+        Errors: RUN_UNKNOWN, VERSION_UNKNOWN (the round is not committed).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Invite(self, request, context):
         """Makes a one-use join token for a new member. The secret is in this answer only: the server keeps its hash.
         Errors: MEMBER_EXISTS, NAME_INVALID.
@@ -229,6 +258,16 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ExportRun,
                     request_deserializer=fsllm_dot_v1_dot_control__pb2.ExportRunRequest.FromString,
                     response_serializer=fsllm_dot_v1_dot_control__pb2.ExportRunResponse.SerializeToString,
+            ),
+            'ListManifests': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListManifests,
+                    request_deserializer=fsllm_dot_v1_dot_control__pb2.ListManifestsRequest.FromString,
+                    response_serializer=fsllm_dot_v1_dot_control__pb2.ListManifestsResponse.SerializeToString,
+            ),
+            'VerifyRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyRun,
+                    request_deserializer=fsllm_dot_v1_dot_control__pb2.VerifyRunRequest.FromString,
+                    response_serializer=fsllm_dot_v1_dot_control__pb2.VerifyRunResponse.SerializeToString,
             ),
             'Invite': grpc.unary_unary_rpc_method_handler(
                     servicer.Invite,
@@ -468,6 +507,60 @@ class ControlService(object):
             '/fsllm.v1.ControlService/ExportRun',
             fsllm_dot_v1_dot_control__pb2.ExportRunRequest.SerializeToString,
             fsllm_dot_v1_dot_control__pb2.ExportRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListManifests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fsllm.v1.ControlService/ListManifests',
+            fsllm_dot_v1_dot_control__pb2.ListManifestsRequest.SerializeToString,
+            fsllm_dot_v1_dot_control__pb2.ListManifestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fsllm.v1.ControlService/VerifyRun',
+            fsllm_dot_v1_dot_control__pb2.VerifyRunRequest.SerializeToString,
+            fsllm_dot_v1_dot_control__pb2.VerifyRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,17 @@ class ControlServiceStub:
     """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
     was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
     """
+    ListManifests: _grpc.UnaryStreamMultiCallable[_control_pb2.ListManifestsRequest, _control_pb2.ListManifestsResponse]
+    """Sends the manifest of every committed round, from round 0 on. Whoever holds them can check by themselves that each
+    has its digest and names the digest of the one before. Errors: RUN_UNKNOWN.
+    """
+    VerifyRun: _grpc.UnaryStreamMultiCallable[_control_pb2.VerifyRunRequest, _control_pb2.VerifyRunResponse]
+    """The server reads the log again from its database and looks at each committed round (or at one): whether manifest,
+    versions and kept uploads have the digests that were recorded at the commit, and, where the uploads are kept,
+    whether adding them up again gives the result bit for bit. It sends progress, and a finding for each round as it is
+    done with it, in order. Live rounds go on meanwhile; verifications wait for each other. Closing the stream ends it.
+    Errors: RUN_UNKNOWN, VERSION_UNKNOWN (the round is not committed).
+    """
     Invite: _grpc.UnaryUnaryMultiCallable[_control_pb2.InviteRequest, _control_pb2.InviteResponse]
     """Makes a one-use join token for a new member. The secret is in this answer only: the server keeps its hash.
     Errors: MEMBER_EXISTS, NAME_INVALID.
@@ -90,6 +101,17 @@ class ControlServiceAsyncStub(ControlServiceStub):
     ExportRun: _aio.UnaryStreamMultiCallable[_control_pb2.ExportRunRequest, _control_pb2.ExportRunResponse]  # type: ignore[assignment]
     """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
     was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
+    """
+    ListManifests: _aio.UnaryStreamMultiCallable[_control_pb2.ListManifestsRequest, _control_pb2.ListManifestsResponse]  # type: ignore[assignment]
+    """Sends the manifest of every committed round, from round 0 on. Whoever holds them can check by themselves that each
+    has its digest and names the digest of the one before. Errors: RUN_UNKNOWN.
+    """
+    VerifyRun: _aio.UnaryStreamMultiCallable[_control_pb2.VerifyRunRequest, _control_pb2.VerifyRunResponse]  # type: ignore[assignment]
+    """The server reads the log again from its database and looks at each committed round (or at one): whether manifest,
+    versions and kept uploads have the digests that were recorded at the commit, and, where the uploads are kept,
+    whether adding them up again gives the result bit for bit. It sends progress, and a finding for each round as it is
+    done with it, in order. Live rounds go on meanwhile; verifications wait for each other. Closing the stream ends it.
+    Errors: RUN_UNKNOWN, VERSION_UNKNOWN (the round is not committed).
     """
     Invite: _aio.UnaryUnaryMultiCallable[_control_pb2.InviteRequest, _control_pb2.InviteResponse]  # type: ignore[assignment]
     """Makes a one-use join token for a new member. The secret is in this answer only: the server keeps its hash.
@@ -172,6 +194,29 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_control_pb2.ExportRunResponse], _abc.AsyncIterator[_control_pb2.ExportRunResponse]]:
         """Sends the manifest of a committed version (the latest by default), then its chunks from offset on; an operator that
         was cut off calls again with the bytes it holds. Errors: RUN_UNKNOWN, VERSION_UNKNOWN, OFFSET_OUT_OF_RANGE.
+        """
+
+    @_abc_1.abstractmethod
+    def ListManifests(
+        self,
+        request: _control_pb2.ListManifestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.ListManifestsResponse], _abc.AsyncIterator[_control_pb2.ListManifestsResponse]]:
+        """Sends the manifest of every committed round, from round 0 on. Whoever holds them can check by themselves that each
+        has its digest and names the digest of the one before. Errors: RUN_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyRun(
+        self,
+        request: _control_pb2.VerifyRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.VerifyRunResponse], _abc.AsyncIterator[_control_pb2.VerifyRunResponse]]:
+        """The server reads the log again from its database and looks at each committed round (or at one): whether manifest,
+        versions and kept uploads have the digests that were recorded at the commit, and, where the uploads are kept,
+        whether adding them up again gives the result bit for bit. It sends progress, and a finding for each round as it is
+        done with it, in order. Live rounds go on meanwhile; verifications wait for each other. Closing the stream ends it.
+        Errors: RUN_UNKNOWN, VERSION_UNKNOWN (the round is not committed).
         """
 
     @_abc_1.abstractmethod

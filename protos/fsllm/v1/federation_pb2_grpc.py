@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class FederationServiceStub(object):
-    """The members' side of the server: orders, progress, tensors.
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class FederationServiceStub(object):
 
 
 class FederationServiceServicer(object):
-    """The members' side of the server: orders, progress, tensors.
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
     """
 
     def Attach(self, request_iterator, context):
@@ -73,7 +75,7 @@ class FederationServiceServicer(object):
         at once, then Progress whenever something advanced (at most every 0.5 s), then Done or Failed; TRAIN and BUILD end
         with an Upload instead of Done. The daemon sends Heartbeat when it has said nothing for 15 seconds. When the stream
         breaks, the daemon goes on with its order and attaches again, naming the order in Hello.held_orders.
-        Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING.
+        Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING, MESSAGE_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,7 +83,8 @@ class FederationServiceServicer(object):
 
     def Download(self, request, context):
         """Any member may fetch any published or candidate version of a run it takes part in, from any offset. The first
-        response is the manifest, the others are chunks. The bytes of a digest never change.
+        response is the manifest (in several messages when it is large), the others are chunks. The bytes of a digest never
+        change.
         Errors: BLOB_UNKNOWN, OFFSET_OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -89,12 +92,14 @@ class FederationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """A site delivers the result of a TRAIN or BUILD order. It sends begin first and then waits: the server answers Queued
+        """A site delivers the result of a TRAIN or BUILD order. It sends begin first (and the parts of a manifest that is too
+        large for it) and then waits: the server answers Queued
         with the place in the queue (again whenever it changes) until a slot is free, then Ready with the offset up to which
         it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
         disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
         offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-        UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL.
+        UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
+        SITE_IDLE or TOO_SLOW (what has arrived counts).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,7 +157,8 @@ def add_FederationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FederationService(object):
-    """The members' side of the server: orders, progress, tensors.
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
     """
 
     @staticmethod

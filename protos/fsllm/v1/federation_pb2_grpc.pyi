@@ -29,7 +29,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FederationServiceStub:
-    """The members' side of the server: orders, progress, tensors."""
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,20 +44,23 @@ class FederationServiceStub:
     at once, then Progress whenever something advanced (at most every 0.5 s), then Done or Failed; TRAIN and BUILD end
     with an Upload instead of Done. The daemon sends Heartbeat when it has said nothing for 15 seconds. When the stream
     breaks, the daemon goes on with its order and attaches again, naming the order in Hello.held_orders.
-    Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING.
+    Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING, MESSAGE_INVALID.
     """
     Download: _grpc.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.DownloadResponse]
     """Any member may fetch any published or candidate version of a run it takes part in, from any offset. The first
-    response is the manifest, the others are chunks. The bytes of a digest never change.
+    response is the manifest (in several messages when it is large), the others are chunks. The bytes of a digest never
+    change.
     Errors: BLOB_UNKNOWN, OFFSET_OUT_OF_RANGE.
     """
     Upload: _grpc.StreamStreamMultiCallable[_federation_pb2.UploadRequest, _federation_pb2.UploadResponse]
-    """A site delivers the result of a TRAIN or BUILD order. It sends begin first and then waits: the server answers Queued
+    """A site delivers the result of a TRAIN or BUILD order. It sends begin first (and the parts of a manifest that is too
+    large for it) and then waits: the server answers Queued
     with the place in the queue (again whenever it changes) until a slot is free, then Ready with the offset up to which
     it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
     disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
     offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL.
+    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
+    SITE_IDLE or TOO_SLOW (what has arrived counts).
     """
     UploadStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.UploadStatusRequest, _federation_pb2.UploadStatusResponse]
     """A site that does not know whether its upload was recorded asks here. Safe at any time."""
@@ -66,7 +71,9 @@ class FederationServiceStub:
 
 @_typing.type_check_only
 class FederationServiceAsyncStub(FederationServiceStub):
-    """The members' side of the server: orders, progress, tensors."""
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_federation_pb2.AttachRequest, _federation_pb2.AttachResponse]  # type: ignore[assignment]
@@ -76,20 +83,23 @@ class FederationServiceAsyncStub(FederationServiceStub):
     at once, then Progress whenever something advanced (at most every 0.5 s), then Done or Failed; TRAIN and BUILD end
     with an Upload instead of Done. The daemon sends Heartbeat when it has said nothing for 15 seconds. When the stream
     breaks, the daemon goes on with its order and attaches again, naming the order in Hello.held_orders.
-    Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING.
+    Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING, MESSAGE_INVALID.
     """
     Download: _aio.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.DownloadResponse]  # type: ignore[assignment]
     """Any member may fetch any published or candidate version of a run it takes part in, from any offset. The first
-    response is the manifest, the others are chunks. The bytes of a digest never change.
+    response is the manifest (in several messages when it is large), the others are chunks. The bytes of a digest never
+    change.
     Errors: BLOB_UNKNOWN, OFFSET_OUT_OF_RANGE.
     """
     Upload: _aio.StreamStreamMultiCallable[_federation_pb2.UploadRequest, _federation_pb2.UploadResponse]  # type: ignore[assignment]
-    """A site delivers the result of a TRAIN or BUILD order. It sends begin first and then waits: the server answers Queued
+    """A site delivers the result of a TRAIN or BUILD order. It sends begin first (and the parts of a manifest that is too
+    large for it) and then waits: the server answers Queued
     with the place in the queue (again whenever it changes) until a slot is free, then Ready with the offset up to which
     it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
     disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
     offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL.
+    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
+    SITE_IDLE or TOO_SLOW (what has arrived counts).
     """
     UploadStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.UploadStatusRequest, _federation_pb2.UploadStatusResponse]  # type: ignore[assignment]
     """A site that does not know whether its upload was recorded asks here. Safe at any time."""
@@ -99,7 +109,9 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """
 
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The members' side of the server: orders, progress, tensors."""
+    """The members' side of the server: orders, progress, tensors. Any call may be refused with ROLE_FORBIDDEN, MEMBER_REVOKED,
+    MESSAGE_INVALID (a field is longer than docs/threat-model.md says), and with QUOTA_EXCEEDED or BUSY and a RetryInfo.
+    """
 
     @_abc_1.abstractmethod
     def Attach(
@@ -113,7 +125,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         at once, then Progress whenever something advanced (at most every 0.5 s), then Done or Failed; TRAIN and BUILD end
         with an Upload instead of Done. The daemon sends Heartbeat when it has said nothing for 15 seconds. When the stream
         breaks, the daemon goes on with its order and attaches again, naming the order in Hello.held_orders.
-        Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING.
+        Errors: PROTOCOL_VERSION, ATTACHED_ELSEWHERE, HELLO_EXPECTED, MEMBER_REVOKED, SERVER_STOPPING, MESSAGE_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -123,7 +135,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.DownloadResponse], _abc.AsyncIterator[_federation_pb2.DownloadResponse]]:
         """Any member may fetch any published or candidate version of a run it takes part in, from any offset. The first
-        response is the manifest, the others are chunks. The bytes of a digest never change.
+        response is the manifest (in several messages when it is large), the others are chunks. The bytes of a digest never
+        change.
         Errors: BLOB_UNKNOWN, OFFSET_OUT_OF_RANGE.
         """
 
@@ -133,12 +146,14 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.UploadResponse], _abc.AsyncIterator[_federation_pb2.UploadResponse]]:
-        """A site delivers the result of a TRAIN or BUILD order. It sends begin first and then waits: the server answers Queued
+        """A site delivers the result of a TRAIN or BUILD order. It sends begin first (and the parts of a manifest that is too
+        large for it) and then waits: the server answers Queued
         with the place in the queue (again whenever it changes) until a slot is free, then Ready with the offset up to which
         it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
         disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
         offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-        UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL.
+        UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
+        SITE_IDLE or TOO_SLOW (what has arrived counts).
         """
 
     @_abc_1.abstractmethod

@@ -24,21 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66sllm/v1/tensors.proto\x12\x08\x66sllm.v1\"z\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32\x15.fsllm.v1.ElementType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\"\n\x04role\x18\x04 \x01(\x0e\x32\x14.fsllm.v1.TensorRole\"p\n\x08Manifest\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.fsllm.v1.TensorSpec\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x04 \x01(\t\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03*\xd0\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12TENSOR_ROLE_LORA_A\x10\x01\x12\x16\n\x12TENSOR_ROLE_LORA_B\x10\x02\x12\x19\n\x15TENSOR_ROLE_MAGNITUDE\x10\x03\x12\x16\n\x12TENSOR_ROLE_PROMPT\x10\x04\x12\x14\n\x10TENSOR_ROLE_HEAD\x10\x05\x12\x15\n\x11TENSOR_ROLE_SCALE\x10\x06\x12\x15\n\x11TENSOR_ROLE_OTHER\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66sllm/v1/tensors.proto\x12\x08\x66sllm.v1\"z\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32\x15.fsllm.v1.ElementType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\"\n\x04role\x18\x04 \x01(\x0e\x32\x14.fsllm.v1.TensorRole\"\x86\x01\n\x08Manifest\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.fsllm.v1.TensorSpec\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x04 \x01(\t\x12\x14\n\x0ctensor_count\x18\x05 \x01(\r\"5\n\x0cManifestPart\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.fsllm.v1.TensorSpec\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*z\n\x0b\x45lementType\x12\x1c\n\x18\x45LEMENT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT32\x10\x01\x12\x18\n\x14\x45LEMENT_TYPE_FLOAT16\x10\x02\x12\x19\n\x15\x45LEMENT_TYPE_BFLOAT16\x10\x03*\xd0\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12TENSOR_ROLE_LORA_A\x10\x01\x12\x16\n\x12TENSOR_ROLE_LORA_B\x10\x02\x12\x19\n\x15TENSOR_ROLE_MAGNITUDE\x10\x03\x12\x16\n\x12TENSOR_ROLE_PROMPT\x10\x04\x12\x14\n\x10TENSOR_ROLE_HEAD\x10\x05\x12\x15\n\x11TENSOR_ROLE_SCALE\x10\x06\x12\x15\n\x11TENSOR_ROLE_OTHER\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fsllm.v1.tensors_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ELEMENTTYPE']._serialized_start=329
-  _globals['_ELEMENTTYPE']._serialized_end=451
-  _globals['_TENSORROLE']._serialized_start=454
-  _globals['_TENSORROLE']._serialized_end=662
+  _globals['_ELEMENTTYPE']._serialized_start=407
+  _globals['_ELEMENTTYPE']._serialized_end=529
+  _globals['_TENSORROLE']._serialized_start=532
+  _globals['_TENSORROLE']._serialized_end=740
   _globals['_TENSORSPEC']._serialized_start=36
   _globals['_TENSORSPEC']._serialized_end=158
-  _globals['_MANIFEST']._serialized_start=160
-  _globals['_MANIFEST']._serialized_end=272
-  _globals['_CHUNK']._serialized_start=274
-  _globals['_CHUNK']._serialized_end=327
+  _globals['_MANIFEST']._serialized_start=161
+  _globals['_MANIFEST']._serialized_end=295
+  _globals['_MANIFESTPART']._serialized_start=297
+  _globals['_MANIFESTPART']._serialized_end=350
+  _globals['_CHUNK']._serialized_start=352
+  _globals['_CHUNK']._serialized_end=405
 # @@protoc_insertion_point(module_scope)

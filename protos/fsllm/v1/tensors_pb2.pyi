@@ -111,6 +111,7 @@ class Manifest(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     ADAPTER_CONFIG_FIELD_NUMBER: _builtins.int
+    TENSOR_COUNT_FIELD_NUMBER: _builtins.int
     payload_bytes: _builtins.int
     """Length of the payload; must equal the sum over the tensors of elements x width."""
     digest: _builtins.bytes
@@ -119,6 +120,11 @@ class Manifest(_message.Message):
     """
     adapter_config: _builtins.str
     """Set on version 0 only: the adapter's PEFT configuration as JSON, with no path of the site in it."""
+    tensor_count: _builtins.int
+    """Set only where the manifest travels in several messages, to the number of tensors in all: those missing here follow
+    in ManifestPart messages, before anything else. A sender splits what is larger than 1 MiB; a receiver takes at most
+    200,000 tensors and 32 MiB in all.
+    """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Sorted by name, ascending by bytes. A receiver refuses any other order."""
@@ -130,14 +136,39 @@ class Manifest(_message.Message):
         payload_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         adapter_config: _builtins.str = ...,
+        tensor_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config", b"adapter_config", "digest", b"digest", "payload_bytes", b"payload_bytes", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config", b"adapter_config", "digest", b"digest", "payload_bytes", b"payload_bytes", "tensor_count", b"tensor_count", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class ManifestPart(_message.Message):
+    """The next tensors of a manifest that is too large for one message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """At least one, in the manifest's order."""
+
+    def __init__(
+        self,
+        *,
+        tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManifestPart: _TypeAlias = ManifestPart  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):

@@ -10,7 +10,7 @@ import json
 
 from fsllm_common.errors import FsllmError
 from fsllm_common.plan import Plan
-from fsllm_server.engine.effects import DropSpools, Effect, SendOrder, SetTimer, WithdrawOrder
+from fsllm_server.engine.effects import Effect, SendOrder, SetTimer, SweepSpools, WithdrawOrder
 from fsllm_server.engine.events import (
     Answered,
     Cancelled,
@@ -24,6 +24,7 @@ from fsllm_server.engine.events import (
     Paused,
     Reduced,
     ReduceFailed,
+    Restored,
     Resumed,
     ServerRestarted,
     Submitted,
@@ -103,10 +104,23 @@ def wanted_order(run: Run, member: str, order_id: str, round_: int) -> Order:
     raise FsllmError("NOT_WANTED", f"Run {run.plan.name} waits for no update of {member} under this order")
 
 
+def unwanted(run: Run, order_id: str) -> tuple[str, str]:
+    """Return reason and message for a member that comes back with an order that is no longer open."""
+    number = order_id.split(".")[1] if order_id.count(".") > 1 else ""  # see Turn.issue
+    of_run = f"of run {run.plan.name} ({run.id})"
+    if not number.isdecimal() or len(number) > 9 or not order_id.startswith(f"{run.id}."):
+        return "ORDER_UNKNOWN", f"This is no order {of_run}"
+    if run.status.ended:
+        return "ROUND_CLOSED", f"Round {number} {of_run} is over, as is the run: {run.status}"
+    if int(number) < run.round:
+        return "ROUND_CLOSED", f"Round {number} {of_run} is over; round {run.round} is under way"
+    return "NOT_WANTED", f"Round {number} {of_run} has gone on without this order"
+
+
 def _submitted(event: Submitted) -> tuple[Run, list[Effect]]:
     # Not plan_from_json: what was accepted once is not judged again by a later version's rules.
     plan = Plan.model_validate(json.loads(event.plan))
-    turn = Turn(Run(event.run_id, plan, event.needs_trainer, event.at, phase_since=event.at), event.at)
+    turn = Turn(Run(event.run_id, plan, event.needs_trainer, event.at, event.plan, phase_since=event.at), event.at)
     turn.notify("status", Status.RUNNING, f"{plan.name} is submitted: {plan.rounds} rounds")
     PHASES[turn.run.phase].enter(turn)
     return turn.run, turn.effects
@@ -162,13 +176,15 @@ def _apply(turn: Turn, event: Event) -> None:
             _deadline(turn, event.timer)
         case ServerRestarted():
             _restarted(turn)
+        case Restored() if event.epoch != run.epoch:
+            _restored(turn, event)
         case Paused() if run.active:
             turn.pause("", "paused by an operator")
         case Resumed() if run.status is Status.PAUSED:
             _resumed(turn)
         case Cancelled():
             turn.end(Status.CANCELLED, "RUN_CANCELLED", "cancelled by an operator")
-            turn.effects.append(DropSpools(None))
+            turn.effects.append(SweepSpools())
 
 
 # Members.
@@ -189,7 +205,7 @@ def _attached(turn: Turn, event: MemberAttached) -> None:
         if order.id not in held:
             turn.effects.append(SendOrder(order))
     for order_id in sorted(held - turn.run.orders.keys()):
-        turn.effects.append(WithdrawOrder(name, order_id, "ORDER_UNKNOWN", "The run went on without this order"))
+        turn.effects.append(WithdrawOrder(name, order_id, *unwanted(turn.run, order_id)))
     turn.nudge(name)
 
 
@@ -305,6 +321,15 @@ def _restarted(turn: Turn) -> None:
         turn.effects.append(SetTimer(timer.id, timer.seconds))
     if turn.run.active:
         PHASES[turn.run.phase].restart(turn)
+
+
+def _restored(turn: Turn, event: Restored) -> None:
+    """Wait for an operator, and see to it that no name is given out twice: members may know later rounds.
+
+    Orders of the time before are closed. Those to come have the epoch in their names, which members remember.
+    """
+    turn.pause("RUN_RESTORED", f"restored from the back-up of {event.made}; members may have seen later rounds")
+    turn.update(epoch=event.epoch)
 
 
 def _resumed(turn: Turn) -> None:

@@ -55,10 +55,8 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
-class DropSpools:
-    """Remove the uploads of a round; of the whole run when ``round`` is None."""
-
-    round: int | None
+class SweepSpools:
+    """A round is over: remove those of the run's uploads that are not to be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +71,4 @@ class Notify:
     commit: Commit | None = None
 
 
-Effect = SendOrder | WithdrawOrder | SetTimer | ClearTimer | Reduce | DropSpools | Notify
+Effect = SendOrder | WithdrawOrder | SetTimer | ClearTimer | Reduce | SweepSpools | Notify

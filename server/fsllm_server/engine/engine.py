@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from typing import Literal
 
 from fsllm.v1 import control_pb2, federation_pb2
@@ -13,7 +14,7 @@ from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, PlanInvalid, Refused
 from fsllm_common.plan import Plan, canonical_json
 from fsllm_common.telemetry.metrics import ServerMetrics
-from fsllm_server.engine import views
+from fsllm_server.engine import core, views
 from fsllm_server.engine.events import (
     Answered,
     Cancelled,
@@ -22,19 +23,25 @@ from fsllm_server.engine.events import (
     MemberDetached,
     MemberForgotten,
     Paused,
+    Restored,
     Resumed,
     ServerRestarted,
     Submitted,
     dump,
 )
+from fsllm_server.engine.manifests import links
 from fsllm_server.engine.meter import Meter
 from fsllm_server.engine.reducing import installed_algorithm
+from fsllm_server.engine.retention import Retention
 from fsllm_server.engine.runner import Outside, Runner, stopping
 from fsllm_server.engine.session import Session
+from fsllm_server.engine.state import Run
+from fsllm_server.engine.sweeping import Sweeper
 from fsllm_server.engine.uploads import Expected, Uploads
+from fsllm_server.engine.verifier import Verifier
 from fsllm_server.store.blobs import Blobs, StoredVersion
-from fsllm_server.store.database import Database
 from fsllm_server.store.events import Entry, EventLog, RunRecord
+from fsllm_server.store.restored import Restoration
 from fsllm_server.store.spools import Spools, VerifiedSpool
 
 __all__ = ["Engine", "Expected", "Session"]
@@ -45,17 +52,18 @@ class Engine:
 
     def __init__(
         self,
-        database: Database,
+        log: EventLog,
         blobs: Blobs,
         spools: Spools,
         metrics: ServerMetrics,
         *,
         clock: Callable[[], float] = time.time,
+        retention: Retention | None = None,
     ) -> None:
         self._blobs = blobs
         self._spools = spools
         self._clock = clock
-        self._log = EventLog(database)
+        self._log = log
         self._meter = Meter(metrics)
         self._runners: dict[str, Runner] = {}
         self._requests: dict[str, str] = {}
@@ -64,10 +72,18 @@ class Engine:
         self._sessions: dict[str, Session] = {}
         self._stopped = False
         self._uploads = Uploads(blobs, spools, clock)
-        self._outside = Outside(self._log, blobs, spools, self._meter, clock, self._deliver, self._count)
+        self._verifier = Verifier(blobs, spools)
+        self.sweeper = Sweeper(spools, retention or Retention(), self._state, clock)
+        sweep, make_room = self.sweeper.sweep, self.sweeper.make_room
+        self._outside = Outside(
+            self._log, blobs, spools, self._meter, clock, self._deliver, sweep, make_room, self._count
+        )
 
-    async def start(self) -> None:
+    async def start(self, restoration: Restoration | None = None) -> None:
         """Replay the logs and go on with every run that has not ended.
+
+        Args:
+            restoration: Of the state from a back-up, when this is the first start since; it is recorded in every run.
 
         Raises:
             FsllmError: STATE_CORRUPT, DISK_FULL.
@@ -75,13 +91,10 @@ class Engine:
         """
         for record in await self._log.runs():
             self._add(record, await self._log.replay(record.id))
-        await self._spools.sweep(
-            lambda run, round_: (
-                (found := self._runners.get(run)) is not None
-                and not found.run.status.ended
-                and round_ == found.run.round
-            )
-        )
+        await self.sweeper.sweep()
+        if restoration is not None:
+            restored = Restored(at=self._clock(), epoch=restoration.epoch, made=restoration.made)
+            await asyncio.gather(*(runner.ask(restored) for runner in self._live()))
         restarted = ServerRestarted(at=self._clock())
         await asyncio.gather(*(runner.ask(restarted) for runner in self._live()))
         self._count()
@@ -89,6 +102,7 @@ class Engine:
     async def stop(self) -> None:
         """Park: sessions end with SERVER_STOPPING and nothing more is decided. What is recorded is complete."""
         self._stopped = True
+        self._verifier.stop()
         for session in self._sessions.values():
             session.end(stopping())
         self._sessions.clear()
@@ -175,6 +189,36 @@ class Engine:
         """
         await self._find(run).ask(Cancelled(at=self._clock()))
 
+    def manifests(self, run: str) -> Iterator[control_pb2.RoundManifest]:
+        """Return the manifest of every committed round, from round 0 on, each made as it is asked for.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN.
+
+        """
+        runner = self._find(run)
+        return (views.manifest(round_, link) for round_, link in enumerate(links(runner.run, runner.recorded)))
+
+    async def verify(self, run: str, round_: int | None) -> AsyncGenerator[control_pb2.VerifyRunResponse]:
+        """Look at committed rounds (one, or all) again; yields progress and findings.
+
+        Raises:
+            FsllmError: RUN_UNKNOWN, VERSION_UNKNOWN: the round is not committed.
+
+        """
+        runner = self._find(run)
+        known, recorded = runner.run, runner.recorded
+        if round_ is not None and round_ >= len(recorded):
+            message = f"Run {known.plan.name} ({known.id}) has not committed round {round_}"
+            raise FsllmError("VERSION_UNKNOWN", message)
+        rounds = range(len(recorded)) if round_ is None else range(round_, round_ + 1)
+        entries = await self._log.replay(known.id)
+        async with aclosing(self._verifier.verify(known, recorded, entries, rounds)) as findings:
+            async for found in findings:
+                yield views.verified(found)
+        if self._stopped:
+            raise stopping()
+
     def version(self, run: str, number: int | None) -> StoredVersion:
         """Return a committed version, the latest when ``number`` is None; its manifest carries adapter_config.
 
@@ -210,14 +254,15 @@ class Engine:
         if (before := self._sessions.get(member)) is not None:
             before.end(FsllmError("ATTACHED_ELSEWHERE", f"Another daemon has attached as {member}"))
         self._sessions[member] = session
-        for runner in self._live():
-            runner.post(self._attached(session, runner.run.id))
-        live = {runner.run.id for runner in self._live()}
+        for live in self._live():
+            live.post(self._attached(session, live.run.id))
         for order_id in hello.held_orders:
-            if _run_of(order_id) not in live:
-                withdraw = federation_pb2.Withdraw(
-                    order_id=order_id, reason="ORDER_UNKNOWN", message="The run of this order is over"
-                )
+            runner = self._runners.get(_run_of(order_id))
+            if runner is None or runner.run.status.ended:
+                reason, message = "ORDER_UNKNOWN", "No run here has given this order"
+                if runner is not None:
+                    reason, message = core.unwanted(runner.run, order_id)
+                withdraw = federation_pb2.Withdraw(order_id=order_id, reason=reason, message=message)
                 session.send(federation_pb2.AttachResponse(withdraw=withdraw))
         return session
 
@@ -310,6 +355,8 @@ class Engine:
     async def reject_upload(self, expected: Expected, error: FsllmError) -> None:
         """Record, for those who watch, that an upload was refused."""
         self._meter.rejected(error.reason)
+        if error.reason == "DISK_FULL":
+            await self.sweeper.make_room()
         await self._runners[expected.run_id].ask(self._uploads.rejection(expected, error))
 
     def upload_status(
@@ -345,6 +392,10 @@ class Engine:
         if (runner := self._runners.get(run_id)) is None:
             raise FsllmError("NOT_WANTED", f"There is no run {run_id[:80]!r}")
         return runner
+
+    def _state(self, run_id: str) -> Run | None:
+        runner = self._runners.get(run_id)
+        return runner.run if runner is not None else None
 
     def _find(self, text: str) -> Runner:
         if (exact := self._runners.get(text)) is not None:

@@ -92,6 +92,8 @@ class UpdateRecorded(_Event):
     metrics: tuple[Metric, ...] = ()
     adapter_config: str = ""
     """Version 0 only."""
+    element_type: str = ""
+    """fp32, fp16 or bf16; empty in logs of fsllm 0.1.0."""
 
 
 class UpdateRejected(_Event):
@@ -149,6 +151,16 @@ class ServerRestarted(_Event):
     kind: Literal["restarted"] = "restarted"
 
 
+class Restored(_Event):
+    """The server's state was restored from a back-up: what happened after that was made is not in this log."""
+
+    kind: Literal["restored"] = "restored"
+    epoch: str
+    """The restoration's name; the same again changes nothing."""
+    made: str
+    """When the back-up was made."""
+
+
 class Paused(_Event):
     """An operator paused the run."""
 
@@ -186,6 +198,7 @@ Event = Annotated[
     | DeadlinePassed
     | MemberIdle
     | ServerRestarted
+    | Restored
     | Paused
     | Resumed
     | Cancelled

@@ -33,9 +33,11 @@ class IdleWatch:
         current = {order.id: order for order in orders}
         for order_id in self._watched.keys() - current.keys():
             self._stop(self._watched.pop(order_id))
-        for order_id in current.keys() - self._watched.keys():
-            watched = self._watched[order_id] = _Watched(current[order_id], self._now())
-            self._arm(watched)
+        # In their order, so that alarms of one instant go off in the same order every time.
+        for order_id, order in current.items():
+            if order_id not in self._watched:
+                watched = self._watched[order_id] = _Watched(order, self._now())
+                self._arm(watched)
 
     def progress(self, progress: federation_pb2.Progress) -> None:
         """Take a report: it counts when something has advanced, or when it is the server that lets the site wait."""

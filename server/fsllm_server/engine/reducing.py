@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
+from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.algorithms import Algorithm, Update, algorithm_class
 from fsllm_common.tensors.manifest import WIRE_TYPES
+from fsllm_server.engine import state
 from fsllm_server.engine.effects import Reduce
 from fsllm_server.engine.events import Reduced
-from fsllm_server.engine.state import Run
+from fsllm_server.engine.state import Run, Version
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spools
+
+if TYPE_CHECKING:
+    from fsllm_server.reduce.sum import Addend
 
 
 @cache
@@ -23,6 +29,33 @@ def installed_algorithm(name: str) -> type[Algorithm]:
 
     """
     return algorithm_class(name)
+
+
+def weigh(algorithm: Algorithm, base: Version | None, updates: Sequence[state.Update]) -> list[float]:
+    """Return each update's share in the sum. Version 0 is the one update itself."""
+    if base is None:
+        return [1.0]
+    return algorithm.weigh([Update(u.member, u.examples, u.tokens, u.steps) for u in updates])
+
+
+def open_updates(
+    run_id: str, updates: Sequence[state.Update], shares: Sequence[float], spools: Spools
+) -> tuple[Manifest, list[Addend]]:
+    """Return the last update's manifest and what to fold. One manifest is in memory at a time.
+
+    Raises:
+        FsllmError: STATE_CORRUPT: an upload is missing.
+
+    """
+    from fsllm_server.reduce.blocks import uniform_type
+    from fsllm_server.reduce.sum import Addend
+
+    tensors, addends = Manifest(), []
+    for update, share in zip(updates, shares, strict=True):
+        stored = spools.recorded(run_id, update.round, update.member, bytes.fromhex(update.digest))
+        tensors = stored.manifest
+        addends.append(Addend(stored.payload, uniform_type(tensors), share))
+    return tensors, addends
 
 
 def reduce_updates(
@@ -39,15 +72,13 @@ def reduce_updates(
     from fsllm_server.reduce.sum import fold
 
     algorithm = installed_algorithm(run.plan.algorithm.name)(run.plan)
-    files = [
-        spools.recorded(run.id, effect.round, update.member, bytes.fromhex(update.digest)) for update in effect.updates
-    ]
-    shares = [1.0]
-    if effect.base is not None:
-        shares = algorithm.weigh([Update(u.member, u.examples, u.tokens, u.steps) for u in effect.updates])
+    shares = weigh(algorithm, effect.base, effect.updates)
+    base = blobs.get(bytes.fromhex(effect.base.master)) if effect.base is not None else None
+    tensors, addends = open_updates(run.id, effect.updates, shares, spools)
     folded = fold(
-        blobs.get(bytes.fromhex(effect.base.master)) if effect.base is not None else None,
-        list(zip(files, shares, strict=True)),
+        base.manifest if base is not None else tensors,
+        base,
+        addends,
         algorithm.apply,
         WIRE_TYPES[run.plan.wire.element_type],
         blobs,

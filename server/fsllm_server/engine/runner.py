@@ -7,27 +7,31 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from fsllm.v1 import control_pb2, federation_pb2
 from fsllm_common.errors import FsllmError, Unavailable
 from fsllm_common.failpoints import reach
+from fsllm_common.files import disk_errors
 from fsllm_common.telemetry.logs import bound, get_logger
 from fsllm_server.engine import core, views
 from fsllm_server.engine.effects import (
     ClearTimer,
-    DropSpools,
     Effect,
     Notify,
     Reduce,
     SendOrder,
     SetTimer,
+    SweepSpools,
     WithdrawOrder,
 )
-from fsllm_server.engine.events import DeadlinePassed, Event, MemberIdle, ReduceFailed, dump, load
+from fsllm_server.engine.events import DeadlinePassed, Event, MemberIdle, ReduceFailed, dump
 from fsllm_server.engine.idle import IdleWatch
+from fsllm_server.engine.manifests import committed
 from fsllm_server.engine.meter import Meter
 from fsllm_server.engine.reducing import reduce_updates
+from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Order, Run
 from fsllm_server.engine.watchers import Notices, Watchers
 from fsllm_server.store.blobs import Blobs
@@ -36,11 +40,12 @@ from fsllm_server.store.spools import Spools
 
 log = get_logger()
 
+_LOG: Final = Path("the log of events")
 RECORD_AGAIN: Final = 5.0
 """Seconds until an event of the engine's own that could not be recorded (a full disk) is tried again."""
 
 
-_ALARMING: Final = (("status", "paused"), ("status", "failed"))
+_ALARMING: Final = (("status", "paused"),)
 """Notices, by kind and subject, that an operator should see."""
 
 
@@ -55,6 +60,10 @@ class Outside:
     clock: Callable[[], float]
     deliver: Callable[[str, federation_pb2.AttachResponse], None]
     """Pushes to a member's session, if it is attached."""
+    sweep: Callable[[str], Coroutine[Any, Any, int]]
+    """Removes those of a run's uploads that are not to be kept."""
+    make_room: Callable[[], Coroutine[Any, Any, bool]]
+    """Removes what is kept without need, when the disk is full."""
     changed: Callable[[], None]
     """A run's status may have changed."""
 
@@ -69,15 +78,26 @@ class Runner:
         self._sequence = len(log_)
         run: Run | None = None
         self._notices = 0
-        for entry in log_:
-            run, effects = core.decide(run, load(entry.body))
-            self._notices += sum(isinstance(effect, Notify) for effect in effects)
+        recorded: list[str] = []
+        for step in replay(record.id, log_):
+            run = step.run
+            self._notices += sum(isinstance(effect, Notify) for effect in step.effects)
+            if step.commit is not None:
+                recorded.append(step.recorded)
+                if step.recorded not in ("", step.commit.manifest):
+                    log.error(
+                        "the log was changed after this commit; `fsllm run verify` says more",
+                        run=record.id,
+                        round=step.commit.round,
+                    )
         if run is None:
             raise FsllmError("STATE_CORRUPT", f"run {record.id} has no event in its log")
         self.run: Run = run
+        self.recorded = tuple(recorded)
+        """The digest recorded for the manifest of each committed round; empty where there is none."""
         self._queue: asyncio.Queue[tuple[Event, asyncio.Future[None] | None] | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._work: set[asyncio.Task[None]] = set()
+        self._work: set[asyncio.Task[object]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._idle = IdleWatch(run.plan.timing.idle_seconds, self._member_idle)
         self._jobs: set[str] = set()
@@ -152,11 +172,15 @@ class Runner:
         after, effects = core.decide(self.run, event)
         if after is self.run and not effects:
             return  # it changes nothing
-        entry = Entry(self._sequence + 1, event.at, event.kind, dump(event))
+        commit = committed(self.run, after)
+        entry = Entry(
+            self._sequence + 1, event.at, event.kind, dump(event), commit.manifest if commit is not None else None
+        )
         while True:
             try:
-                reach("event.append")
-                await self._outside.log.append(self.run.id, entry)
+                with disk_errors(_LOG):
+                    reach("event.append")
+                    await self._outside.log.append(self.run.id, entry)
                 reach("event.appended")
                 break
             except FsllmError as error:
@@ -166,6 +190,8 @@ class Runner:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), RECORD_AGAIN)
         self._sequence = entry.sequence
+        if commit is not None:
+            self.recorded = (*self.recorded, commit.manifest)
         self.run = after
         self._perform(event.at, effects)
 
@@ -187,8 +213,8 @@ class Runner:
                     if effect.job not in self._jobs:
                         self._jobs.add(effect.job)
                         self._spawn(self._reduce(effect))
-                case DropSpools():
-                    self._spawn(self._outside.spools.drop(self.run.id, effect.round))
+                case SweepSpools():
+                    self._spawn(self._outside.sweep(self.run.id))
                 case Notify():
                     self._notices += 1
                     self._watchers.tell(views.notice(self._notices, at, effect))
@@ -219,10 +245,19 @@ class Runner:
         from fsllm_server.reduce.sum import Stopped
 
         outside = self._outside
-        try:
-            event: Event = await asyncio.to_thread(
+
+        async def attempt() -> Event:
+            return await asyncio.to_thread(
                 reduce_updates, self.run, effect, outside.blobs, outside.spools, outside.clock, self._stopped.is_set
             )
+
+        try:
+            try:
+                event = await attempt()
+            except FsllmError as error:
+                if error.reason != "DISK_FULL" or not await outside.make_room():
+                    raise
+                event = await attempt()
         except Stopped:
             return
         except FsllmError as error:
@@ -234,7 +269,7 @@ class Runner:
         self._jobs.discard(effect.job)
         self.post(event)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
@@ -261,13 +296,11 @@ class Runner:
     async def _recorded(self) -> Notices:
         """Replay the log for what was told."""
         entries = await self._outside.log.replay(self.run.id)
-        run: Run | None = None
         told: list[control_pb2.WatchRunResponse] = []
-        for entry in entries:
-            run, effects = core.decide(run, load(entry.body))
-            for effect in effects:
+        for step in replay(self.run.id, entries):
+            for effect in step.effects:
                 if isinstance(effect, Notify):
-                    told.append(views.notice(len(told) + 1, entry.at, effect))
+                    told.append(views.notice(len(told) + 1, step.entry.at, effect))
         return told
 
 

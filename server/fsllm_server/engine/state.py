@@ -107,6 +107,8 @@ class Update:
     tokens: int
     steps: int
     metrics: tuple[Metric, ...] = ()
+    element_type: str = ""
+    """In the plan's words; empty in logs that did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,10 @@ class Commit:
     contributions: tuple[Contribution, ...]
     evaluations: tuple[Evaluation, ...]
     phase_seconds: tuple[tuple[str, float], ...]
+    epoch: str = ""
+    """The run's, when it was committed."""
+    manifest: str = ""
+    """The digest of the round's manifest (``engine/manifests.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,8 @@ class Run:
     plan: Plan
     needs_trainer: bool
     created: float
+    source: str = ""
+    """The plan as submitted: canonical JSON. Manifests quote this, for ``plan`` gets the keys of later versions."""
     status: Status = Status.RUNNING
     reason: str = ""
     """Why it is paused: a reason of errors.REASONS; empty when an operator did it."""
@@ -188,6 +196,8 @@ class Run:
     candidate: Version | None = None
     """The version reduced and not yet committed."""
     adapter_config: str = ""
+    epoch: str = ""
+    """The name of the last restoration from a back-up; empty when there was none."""
     commits: tuple[Commit, ...] = ()
 
     @property

@@ -34,7 +34,9 @@ class Turn:
     def issue(self, what: str) -> str:
         """Return a name that this run has never used."""
         self.update(issued=self.run.issued + 1)
-        return f"{self.run.id}.{self.run.round}.{what}.{self.run.issued}"
+        # What a restored run has given out before is known to its members, but no longer to its log.
+        epoch = f"-{self.run.epoch}" if self.run.epoch else ""
+        return f"{self.run.id}.{self.run.round}.{what}.{self.run.issued}{epoch}"
 
     # Orders.
 

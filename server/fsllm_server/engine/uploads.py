@@ -10,7 +10,7 @@ from fsllm.v1 import federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, Refused, UpdateRejected
 from fsllm_common.pipeline import largest_norm
-from fsllm_common.tensors.manifest import WIRE_TYPES, compatible, element_count, validate
+from fsllm_common.tensors.manifest import MAX_TENSORS, WIDTH, WIRE_TYPES, fits, validate
 from fsllm_server.engine import core, events, views
 from fsllm_server.engine.runner import Runner
 from fsllm_server.engine.state import Run
@@ -47,7 +47,7 @@ class Uploads:
     def expect(
         self, runner: Runner, member: str, begin: federation_pb2.UploadBegin
     ) -> federation_pb2.Receipt | Expected:
-        """See ``Engine.expect_upload``."""
+        """See ``Engine.expect_upload``. Of a manifest that is not whole yet, what it states is judged."""
         run, manifest = runner.run, begin.manifest
         if (receipt := self.receipt(run, member, begin.round, manifest.digest)) is not None:
             return receipt
@@ -58,17 +58,22 @@ class Uploads:
             number = order.base.number if order.base is not None else None
             message = f"The order starts from version {number}" if number is not None else "Version 0 has no base"
             raise UpdateRejected("BASE_STALE", f"{message}, not from {begin.base_digest.hex()[:12] or 'nothing'}")
-        validate(manifest)
         if max(begin.examples, begin.tokens, begin.steps) > MAX_COUNT:
             raise UpdateRejected(
                 "MANIFEST_INVALID", f"An update can not count more than {MAX_COUNT} examples or tokens"
             )
         if order.base is not None:
             base = self._blobs.get(bytes.fromhex(order.base.digest)).manifest
-            compatible(manifest, base, WIRE_TYPES[run.plan.wire.element_type])
+            _check_size(manifest, len(base.tensors), base.payload_bytes * 2)
+            if manifest.adapter_config:
+                raise UpdateRejected("MANIFEST_INVALID", "Only version 0 carries adapter_config")
+            if not manifest.tensor_count:
+                fits(manifest, base, WIRE_TYPES[run.plan.wire.element_type])
         else:
-            _check_version_zero(manifest)
-        elements = sum(element_count(spec) for spec in manifest.tensors)
+            _check_size(manifest, MAX_TENSORS, MAX_VERSION_ZERO)
+            if not manifest.tensor_count:
+                _check_version_zero(manifest)
+        elements = manifest.payload_bytes // WIDTH[WIRE_TYPES[run.plan.wire.element_type]]
         max_norm = largest_norm(run.plan, elements) if order.base is not None else None
         return Expected(run.id, begin.round, member, manifest, max_norm, begin)
 
@@ -103,6 +108,7 @@ class Uploads:
             steps=begin.steps,
             metrics=views.metrics_of(begin.metrics),
             adapter_config=expected.manifest.adapter_config,
+            element_type=_element_type(expected.manifest),
         )
 
     def rejection(self, expected: Expected, error: FsllmError) -> events.UpdateRejected:
@@ -116,10 +122,25 @@ class Uploads:
         )
 
 
+def _element_type(manifest: Manifest) -> str:
+    """Return the one type of a judged manifest's tensors in the plan's words; fp32 when there are none."""
+    found = manifest.tensors[0].element_type if manifest.tensors else WIRE_TYPES["fp32"]
+    return next(word for word, element_type in WIRE_TYPES.items() if element_type == found)
+
+
+def _check_size(manifest: Manifest, tensors: int, payload: int) -> None:
+    """Refuse what states too much before anything of it is looked at."""
+    count = manifest.tensor_count or len(manifest.tensors)
+    if count > tensors or manifest.payload_bytes > payload:
+        message = (
+            f"The manifest states {count} tensors and {manifest.payload_bytes} bytes; at most {tensors} and {payload} "
+            "are allowed here"
+        )
+        raise UpdateRejected("MANIFEST_INVALID", message)
+
+
 def _check_version_zero(manifest: Manifest) -> None:
+    validate(manifest)
     types = {spec.element_type for spec in manifest.tensors}
     if len(types) > 1:
         raise UpdateRejected("MANIFEST_INVALID", "The tensors of version 0 are not all of one element type")
-    if manifest.payload_bytes > MAX_VERSION_ZERO:
-        message = f"Version 0 of {manifest.payload_bytes} bytes is larger than the {MAX_VERSION_ZERO} allowed"
-        raise UpdateRejected("MANIFEST_INVALID", message)

@@ -7,17 +7,25 @@ from collections.abc import Iterable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fsllm.v1 import control_pb2, federation_pb2
+from fsllm_common.round_manifest import Link
 from fsllm_server.engine import state
 from fsllm_server.engine.effects import Notify, WithdrawOrder
 from fsllm_server.engine.events import Metric
 from fsllm_server.engine.phases import PHASES
 from fsllm_server.engine.state import Kind, Run, Status
+from fsllm_server.engine.verifying import Finding, Progress, Verdict
 
 _STATUS = {
     Status.RUNNING: control_pb2.RUN_STATUS_RUNNING,
     Status.PAUSED: control_pb2.RUN_STATUS_PAUSED,
     Status.DONE: control_pb2.RUN_STATUS_DONE,
     Status.CANCELLED: control_pb2.RUN_STATUS_CANCELLED,
+}
+
+_VERDICT = {
+    Verdict.RECOMPUTED: control_pb2.ROUND_VERDICT_RECOMPUTED,
+    Verdict.CHAIN_ONLY: control_pb2.ROUND_VERDICT_CHAIN_ONLY,
+    Verdict.BROKEN: control_pb2.ROUND_VERDICT_BROKEN,
 }
 
 _KIND = {
@@ -83,7 +91,27 @@ def commit(done: state.Commit) -> control_pb2.Commit:
             for one in done.evaluations
         ],
         phase_seconds=dict(done.phase_seconds),
+        manifest_digest=bytes.fromhex(done.manifest),
     )
+
+
+def manifest(round_: int, link: Link) -> control_pb2.RoundManifest:
+    """Return a committed round's manifest."""
+    return control_pb2.RoundManifest(round=round_, body=link.body, digest=bytes.fromhex(link.recorded))
+
+
+def verified(found: Progress | Finding) -> control_pb2.VerifyRunResponse:
+    """Return what a verification tells."""
+    if isinstance(found, Progress):
+        progress = control_pb2.VerifyProgress(round=found.round, done_bytes=found.done, total_bytes=found.total)
+        return control_pb2.VerifyRunResponse(progress=progress)
+    finding = control_pb2.RoundFinding(
+        manifest=manifest(found.round, found.link),
+        verdict=_VERDICT[found.verdict],
+        problems=found.problems,
+        note=found.note,
+    )
+    return control_pb2.VerifyRunResponse(finding=finding)
 
 
 def notice(sequence: int, at: float, effect: Notify) -> control_pb2.WatchRunResponse:

@@ -2,7 +2,8 @@
 
 The order of the updates is the caller's (the engine sorts by member), products and sums are separate IEEE operations,
 and nothing depends on when an update arrived: the same set gives the same bits on every machine, so that anyone who
-holds the manifest of a commit can verify it. Memory is a few blocks, whatever the payload and the number of updates.
+holds the manifest of a commit can verify it. Memory is a few blocks, whatever the payload and the number of updates:
+they are read through one buffer, and beyond ``OPEN_FILES`` of them each is opened for each block.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -19,14 +21,27 @@ from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
 from fsllm_common.tensors.manifest import byte_count, element_count
-from fsllm_server.reduce.blocks import BlockReader, block_reader, blocks, uniform_type
-from fsllm_server.store.blobs import Blobs, BlobWriter, StoredVersion
+from fsllm_server.reduce.blocks import BlockReader, block_reader, blocks, scratch, uniform_type
+from fsllm_server.reduce.sink import Sink, Writer
+from fsllm_server.store.blobs import StoredVersion
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+OPEN_FILES: Final = 64
+"""Up to so many updates, their files stay open while they are folded."""
+
 Apply = Callable[["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"], "npt.NDArray[np.float32]"]
 """(block of the base, block of the mean delta) -> block of the next version; see algorithms.Algorithm.apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """A verified update on disk and its share in the sum. It holds no manifest: that of a large adapter takes space."""
+
+    payload: Path
+    element_type: ElementType.ValueType
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +59,24 @@ class Stopped(Exception):
 
 
 def fold(
+    tensors: Manifest,
     base: StoredVersion | None,
-    updates: Sequence[tuple[StoredVersion, float]],
+    updates: Sequence[Addend],
     apply: Apply,
     wire: ElementType.ValueType,
-    blobs: Blobs,
+    sink: Sink,
     *,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Folded:
     """Make the next version and store it.
 
     Args:
+        tensors: Names, shapes and roles: the base's manifest, or that of the one update that is version 0.
         base: The float32 master of the base version; None: the one update is the version itself.
-        updates: Verified deltas of the base's tensors, in the order to add them, each with its share.
+        updates: Deltas of these tensors, in the order to add them.
         apply: The algorithm's server step; works elementwise.
         wire: What the published payload holds.
-        blobs: Where to.
+        sink: Where to: the blobs, or what only takes digests.
         stopped: Asked between blocks.
 
     Raises:
@@ -67,17 +84,22 @@ def fold(
         Stopped: ``stopped`` said so.
 
     """
-    tensors = (base or updates[0][0]).manifest
+    buffer = scratch()
     with ExitStack() as stack:
-        readers = [
-            (stack.enter_context(block_reader(update.payload, uniform_type(update.manifest))), np.float32(weight))
-            for update, weight in updates
-        ]
-        base_reader = stack.enter_context(block_reader(base.payload, uniform_type(base.manifest))) if base else None
-        master = stack.enter_context(blobs.create(_typed(tensors, ELEMENT_TYPE_FLOAT32)))
-        published: BlobWriter | None = None
+        readers = [(BlockReader(u.payload, u.element_type, buffer, once=True), np.float32(u.weight)) for u in updates]
+        if len(readers) <= OPEN_FILES:
+            for reader, _ in readers:
+                reader.open()
+                stack.callback(reader.close)
+        base_reader = (
+            stack.enter_context(block_reader(base.payload, uniform_type(base.manifest), buffer, once=True))
+            if base
+            else None
+        )
+        master = stack.enter_context(sink.create(_typed(tensors, ELEMENT_TYPE_FLOAT32)))
+        published: Writer | None = None
         if wire != ELEMENT_TYPE_FLOAT32:
-            published = stack.enter_context(blobs.create(_typed(tensors, wire)))
+            published = stack.enter_context(sink.create(_typed(tensors, wire)))
         mean = np.empty(BLOCK, dtype=np.float32)
         product = np.empty(BLOCK, dtype=np.float32)
         for start, count in blocks(sum(map(element_count, tensors.tensors))):
@@ -86,7 +108,7 @@ def fold(
             if base_reader is None:
                 block = readers[0][0].read(start, count)
             else:
-                _weighted_sum(readers, start, mean[:count], product[:count])
+                _weighted_sum(readers, start, mean[:count], product[:count], stopped)
                 block = np.ascontiguousarray(apply(base_reader.read(start, count), mean[:count]), dtype=np.float32)
             sent = narrow(block, wire)
             if block.shape != (count,) or not math.isfinite(square_sum(sent)):
@@ -103,9 +125,12 @@ def _weighted_sum(
     start: int,
     total: Array,  # (count,), overwritten
     product: Array,  # (count,), scratch
+    stopped: Callable[[], bool],
 ) -> None:
     total.fill(0)
     for reader, weight in readers:
+        if stopped():
+            raise Stopped
         np.multiply(reader.read(start, len(total)), weight, out=product)
         np.add(total, product, out=total)
 

@@ -14,6 +14,8 @@ from fsllm_common.identity.names import Member
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.engine.engine import Engine
+from fsllm_server.service.rates import Rate
+from fsllm_server.service.screening import screen_attach
 
 log = get_logger()
 
@@ -26,7 +28,7 @@ async def greeting(requests: AsyncIterator[AttachRequest]) -> Hello:
     """Return the Hello that must come first.
 
     Raises:
-        Refused: HELLO_EXPECTED, PROTOCOL_VERSION.
+        Refused: HELLO_EXPECTED, MESSAGE_INVALID, PROTOCOL_VERSION.
 
     """
     try:
@@ -36,6 +38,7 @@ async def greeting(requests: AsyncIterator[AttachRequest]) -> Hello:
         raise Refused("HELLO_EXPECTED", f"No Hello within {HELLO_SECONDS:.0f} seconds") from None
     if first is None or first.WhichOneof("kind") != "hello":
         raise Refused("HELLO_EXPECTED", "The first message of Attach must be Hello")
+    screen_attach(first)
     if not PROTOCOL_VERSION_MIN <= first.hello.protocol_version <= PROTOCOL_VERSION:
         spoken = f"{first.hello.protocol_version} (fsllm {first.hello.software_version})"
         accepted = f"{PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION} (fsllm {__version__})"
@@ -46,8 +49,9 @@ async def greeting(requests: AsyncIterator[AttachRequest]) -> Hello:
 class Attachments:
     """The live Attach streams: at most one a member."""
 
-    def __init__(self, engine: Engine, metrics: ServerMetrics) -> None:
+    def __init__(self, engine: Engine, metrics: ServerMetrics, messages_per_second: float = 200) -> None:
         self._engine = engine
+        self._messages = Rate(messages_per_second, burst=20 * messages_per_second)
         self._metrics = metrics
         self._hellos: dict[str, Hello] = {}
 
@@ -65,11 +69,12 @@ class Attachments:
         """Attach a member and yield what goes to it until either side ends the stream.
 
         Raises:
-            FsllmError: ATTACHED_ELSEWHERE, HELLO_EXPECTED (a second one), SERVER_UNREACHABLE (silence).
+            FsllmError: ATTACHED_ELSEWHERE, HELLO_EXPECTED (a second one), MESSAGE_INVALID, QUOTA_EXCEEDED,
+                SERVER_UNREACHABLE (silence).
 
         """
         session = self._engine.attach(member.name, str(member.role), hello)
-        listener = asyncio.create_task(_listen(self._engine, member.name, requests))
+        listener = asyncio.create_task(_listen(self._engine, member.name, requests, self._messages))
         listener.add_done_callback(lambda _: session.close())
         self._hellos[member.name] = hello
         gauge = self._metrics.attached_members.labels(str(member.role))
@@ -102,11 +107,11 @@ def _welcome(member: Member) -> Welcome:
     )
 
 
-async def _listen(engine: Engine, member: str, requests: AsyncIterator[AttachRequest]) -> None:
+async def _listen(engine: Engine, member: str, requests: AsyncIterator[AttachRequest], messages: Rate) -> None:
     """Hand over what the daemon says, until it closes its half.
 
     Raises:
-        FsllmError: HELLO_EXPECTED, SERVER_UNREACHABLE.
+        FsllmError: HELLO_EXPECTED, MESSAGE_INVALID, QUOTA_EXCEEDED, SERVER_UNREACHABLE.
 
     """
     loop = asyncio.get_running_loop()
@@ -114,6 +119,10 @@ async def _listen(engine: Engine, member: str, requests: AsyncIterator[AttachReq
         async with asyncio.timeout(SILENCE_SECONDS) as silence:
             while (request := await anext(requests, None)) is not None:
                 silence.reschedule(loop.time() + SILENCE_SECONDS)
+                if wait := messages.wait(member):
+                    message = f"{member} says too much on Attach (--messages-per-second)"
+                    raise Unavailable("QUOTA_EXCEEDED", message, retry_after=max(5.0, wait))
+                screen_attach(request)
                 await _hear(engine, member, request)
     except TimeoutError:
         message = f"Nothing was heard for {SILENCE_SECONDS:.0f} seconds, not even a heartbeat"

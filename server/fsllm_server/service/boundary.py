@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nu
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from fsllm_common.errors import FsllmError
+from fsllm_common.errors import FsllmError, Refused
 from fsllm_common.rpc_errors import abort
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
@@ -80,17 +81,20 @@ class Boundary(grpc.aio.ServerInterceptor):
             return None
         ends = [("unary", "stream")[streams] for streams in (handler.request_streaming, handler.response_streaming)]
         make = getattr(grpc, f"{'_'.join(ends)}_rpc_method_handler")
+        # Requests are decoded in here: gRPC would call bytes that are no message an INTERNAL error of ours.
+        decode = _decoder(handler.request_deserializer, streams=handler.request_streaming)
         wrapped: Handler = make(
-            self._around(handler_call_details.method, getattr(handler, "_".join(ends))),
-            request_deserializer=handler.request_deserializer,
+            self._around(handler_call_details.method, decode, getattr(handler, "_".join(ends))),
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
-    def _around(self, method: str, inner: Callable[[Any, Context], Any]) -> Callable[[Any, Context], Awaitable[Any]]:
-        async def call(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message, or a stream of them
+    def _around(
+        self, method: str, decode: Callable[[Any], Any], inner: Callable[[Any, Context], Any]
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:  # noqa: ANN401 - bytes, or a stream of them
             async with self._bounded(method, context):
-                result = inner(request, context)
+                result = inner(decode(request), context)
                 if not isinstance(result, AsyncGenerator):
                     return await result
                 # Written here, not yielded to gRPC, so that whatever ends the call ends it inside this boundary.
@@ -129,3 +133,21 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _count(self, method: str, reason: str) -> None:
         self._metrics.calls.labels(method.rpartition("/")[2], reason).inc()
+
+
+def _decoder(deserialize: Callable[[bytes], Any] | None, *, streams: bool) -> Callable[[Any], Any]:
+    """Return what turns a request's bytes, or a stream of them, into what the servicer takes."""
+    if deserialize is None:
+        return lambda request: request
+
+    def decode(wire: bytes) -> Any:  # noqa: ANN401 - any message
+        try:
+            return deserialize(wire)
+        except DecodeError as error:
+            raise Refused("MESSAGE_INVALID", f"The request of {len(wire)} bytes is not of the contract") from error
+
+    async def decode_all(wires: AsyncIterator[bytes]) -> AsyncGenerator[Any]:
+        async for wire in wires:
+            yield decode(wire)
+
+    return decode_all if streams else decode

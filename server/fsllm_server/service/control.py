@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
 import grpc
 
 from fsllm.v1 import control_pb2, control_pb2_grpc
 from fsllm_common import __version__
-from fsllm_common.errors import Refused
+from fsllm_common.errors import Refused, SettingsInvalid
 from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.names import Member
 from fsllm_common.plan.load import plan_from_json
@@ -20,7 +21,7 @@ from fsllm_server.service.boundary import Context, Handler, register
 from fsllm_server.service.guard import Calls, caller, this_call
 from fsllm_server.service.transfers import send_version
 from fsllm_server.settings import ServerSettings
-from fsllm_server.store.invites import Invites
+from fsllm_server.store.invites import LONGEST, Invites
 from fsllm_server.store.members import MemberRecord, Members
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
@@ -116,11 +117,29 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         stored = self._engine.version(request.run_id, number)
         return send_version(stored, request.offset)
 
+    async def ListManifests(
+        self, request: control_pb2.ListManifestsRequest, context: Context
+    ) -> AsyncGenerator[control_pb2.ListManifestsResponse]:
+        """Send the manifests of a run's committed rounds."""
+        for manifest in self._engine.manifests(request.run_id):
+            yield control_pb2.ListManifestsResponse(manifest=manifest)
+
+    async def VerifyRun(
+        self, request: control_pb2.VerifyRunRequest, context: Context
+    ) -> AsyncGenerator[control_pb2.VerifyRunResponse]:
+        """Look at a run's committed rounds again."""
+        round_ = request.round if request.HasField("round") else None
+        async with aclosing(self._engine.verify(request.run_id, round_)) as responses:
+            async for response in responses:
+                yield response
+
     # Members.
 
     async def Invite(self, request: control_pb2.InviteRequest, context: Context) -> control_pb2.InviteResponse:
         """Make a join token."""
         member = Member.of(self._federation, request.role, request.name)
+        if request.valid_seconds > LONGEST.total_seconds():  # before it overflows a timedelta
+            raise SettingsInvalid(f"A join token lives up to {LONGEST.days} days, not {request.valid_seconds} seconds")
         token, expires = await self._invites.invite(member, timedelta(seconds=request.valid_seconds))
         log.info("invited", name=member.name, role=str(member.role), until=f"{expires:%Y-%m-%d %H:%M} UTC")
         answer = control_pb2.InviteResponse(

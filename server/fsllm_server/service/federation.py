@@ -8,15 +8,18 @@ from datetime import timedelta
 import grpc
 
 from fsllm.v1 import federation_pb2, federation_pb2_grpc
+from fsllm_common.errors import Refused
 from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.keys import Certificate
 from fsllm_common.identity.names import Role
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
+from fsllm_common.tensors.manifest import DIGEST_SIZE
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments, greeting
 from fsllm_server.service.boundary import Context, register
-from fsllm_server.service.guard import caller
+from fsllm_server.service.guard import caller, this_call
+from fsllm_server.service.pace import Pace, PaceLimits
 from fsllm_server.service.transfers import Uploads, send_version
 from fsllm_server.store.members import Members
 
@@ -39,6 +42,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         members: Members,
         authority: CertificateAuthority,
         life_of: Callable[[Role], timedelta],
+        pace: PaceLimits,
         metrics: ServerMetrics,
     ) -> None:
         self._engine = engine
@@ -47,6 +51,7 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         self._members = members
         self._authority = authority
         self._life_of = life_of
+        self._pace = pace
         self._metrics = metrics
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -81,11 +86,14 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         began = time.monotonic()
         member = caller().name
         stored = self._engine.blob(member, request.digest)
-        async with aclosing(send_version(stored, request.offset)) as frames:
-            async for frame in frames:
-                yield frame
-                self._metrics.sent_bytes.inc(len(frame))
-                self._engine.touch(member, request.run_id)
+        # A frame is asked for when gRPC has taken the last one: a reader that stops, stops this, and is cut off.
+        with Pace(self._pace, this_call()) as pace:
+            async with aclosing(send_version(stored, request.offset)) as frames:
+                async for frame in frames:
+                    yield frame
+                    pace.advanced(len(frame))
+                    self._metrics.sent_bytes.inc(len(frame))
+                    self._engine.touch(member, request.run_id)
         self._metrics.download_seconds.observe(time.monotonic() - began)
 
     def Upload(  # type: ignore[override] # raw frames, not messages
@@ -98,6 +106,10 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         self, request: federation_pb2.UploadStatusRequest, context: Context
     ) -> federation_pb2.UploadStatusResponse:
         """Say what is held of an update."""
+        if len(request.digest) not in (0, DIGEST_SIZE):
+            raise Refused("MESSAGE_INVALID", f"digest has {len(request.digest)} bytes instead of {DIGEST_SIZE}")
+        if not request.digest:
+            return federation_pb2.UploadStatusResponse()  # nothing is held of nothing
         return self._engine.upload_status(caller().name, request.run_id, request.round, request.digest)
 
     async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.RenewResponse:

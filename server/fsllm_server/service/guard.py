@@ -4,7 +4,10 @@ Identity is the client certificate's URI and nothing else. A call of a member th
 ends, is ended at once, live streams too: TLS itself looks at a certificate only when a connection begins.
 """
 
+from __future__ import annotations
+
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +22,7 @@ from fsllm_common.identity.names import Member, Role
 from fsllm_common.telemetry.logs import bind
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.service.boundary import Boundary, Context
+from fsllm_server.service.rates import CallRate
 from fsllm_server.store.members import Members
 
 _EVERYONE: Final = frozenset(Role)
@@ -69,18 +73,26 @@ def caller() -> Member:
 class Calls:
     """Every call in progress on the main port."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, per_member: int | None = None) -> None:
         self._limit = limit
+        self._per_member = per_member if per_member is not None else limit
         self._live: set[Call] = set()
+        self._of: Counter[str] = Counter()
 
     @contextmanager
-    def entered(self, peer: Identity) -> Iterator[Call]:
+    def entered(self, peer: Identity, context: Context | None = None) -> Iterator[Call]:
         """Hold the current task's call until it ends, and end it when its certificate does.
 
+        It counts as its member's until gRPC has let go of ``context``: the status of a call whose caller does not read
+        waits behind what is unread, and so does the memory of both.
+
         Raises:
-            FsllmError: BUSY: there are too many. Or what the call was ended with.
+            FsllmError: BUSY: there are too many. QUOTA_EXCEEDED: of this member. Or what the call was ended with.
 
         """
+        if self._of[peer.name] >= self._per_member:
+            message = f"{peer.name} has {self._per_member} calls in progress (--calls-per-member)"
+            raise Unavailable("QUOTA_EXCEEDED", message, retry_after=2.0)
         if len(self._live) >= self._limit:
             raise Unavailable("BUSY", f"The server has {self._limit} calls in progress", retry_after=2.0)
         task = asyncio.current_task()
@@ -89,6 +101,7 @@ class Calls:
         seconds = (peer.not_after - datetime.now(UTC)).total_seconds()
         expiry = asyncio.get_running_loop().call_later(seconds, lambda: call.end(_expired(peer)))
         self._live.add(call)
+        self._of[peer.name] += 1
         try:
             yield call
         except asyncio.CancelledError:
@@ -99,6 +112,16 @@ class Calls:
         finally:
             expiry.cancel()
             self._live.discard(call)
+            if context is None:
+                self._leave(peer.name)
+            else:
+                # The stub's class of callbacks is meant as a protocol.
+                context.add_done_callback(lambda _: self._leave(peer.name))  # type: ignore[arg-type]
+
+    def _leave(self, member: str) -> None:
+        self._of[member] -= 1
+        if not self._of[member]:
+            del self._of[member]
 
     def end_member(self, name: str, error: FsllmError) -> None:
         """End every call of one member but the current one (an operator may revoke itself)."""
@@ -118,21 +141,27 @@ class Calls:
 class Guard(Boundary):
     """The interceptor of the main port."""
 
-    def __init__(self, federation: str, members: Members, calls: Calls, metrics: ServerMetrics) -> None:
+    def __init__(self, federation: str, members: Members, calls: Calls, rate: CallRate, metrics: ServerMetrics) -> None:
         super().__init__(metrics)
         self._federation = federation
         self._members = members
         self._calls = calls
+        self._rate = rate
 
     @contextmanager
     def entered(self, method: str, context: Context) -> Iterator[None]:
         """Let the caller in, or not."""
         peer = self.admit(method, context)
-        with self._calls.entered(peer) as call:
-            # Not undone: each call is a task with a context of its own, which ends with it.
-            _this.set(call)
-            bind(member=peer.name)
-            yield
+        self._rate.enter(peer.name, method)
+        try:
+            with self._calls.entered(peer, context) as call:
+                # Not undone: each call is a task with a context of its own, which ends with it.
+                _this.set(call)
+                bind(member=peer.name)
+                yield
+        except FsllmError:
+            self._rate.refused(peer.name)
+            raise
 
     def admit(self, method: str, context: Context) -> Identity:
         """Return who calls, or say why not.

@@ -7,18 +7,25 @@ from contextlib import asynccontextmanager, closing
 from typing import Final
 
 from fsllm.v1.federation_pb2 import DownloadResponse, Queued, Ready, Receipt, UploadBegin, UploadResponse
+from fsllm.v1.tensors_pb2 import ManifestPart
 from fsllm_common.errors import FsllmError, Unavailable, UpdateRejected
 from fsllm_common.failpoints import reach
-from fsllm_common.telemetry.logs import bind
+from fsllm_common.telemetry.logs import bind, get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_common.tensors.chunks import CHUNK, Piece, parse_upload, read_chunks
+from fsllm_common.tensors.parts import ManifestReader, split_manifest
 from fsllm_server.engine.engine import Engine, Expected
 from fsllm_server.service.admission import Admission
+from fsllm_server.service.disk_quota import DiskQuota
 from fsllm_server.service.guard import Call, this_call
+from fsllm_server.service.pace import Pace, PaceLimits
+from fsllm_server.service.screening import screen_begin
 from fsllm_server.store.blobs import StoredVersion
 from fsllm_server.store.spools import Spool, Spools
 
-INTERRUPTED: Final = frozenset({"NOT_WANTED", "OFFSET_OUT_OF_RANGE", "SITE_IDLE"})
+log = get_logger()
+
+INTERRUPTED: Final = frozenset({"NOT_WANTED", "OFFSET_OUT_OF_RANGE", "SITE_IDLE", "QUOTA_EXCEEDED"})
 """Reasons that end a stream but say nothing against the update: the site may go on where it stood."""
 
 
@@ -35,7 +42,10 @@ async def send_version(stored: StoredVersion, offset: int = 0) -> AsyncGenerator
     # cache in less time than a thread would take to wake up.
     chunks = read_chunks(stored.payload, offset)
     first = next(chunks, None)
-    yield DownloadResponse(manifest=stored.manifest).SerializeToString()
+    manifest, parts = split_manifest(stored.manifest)
+    yield DownloadResponse(manifest=manifest).SerializeToString()
+    for part in parts:
+        yield DownloadResponse(part=part).SerializeToString()
     if first is not None:
         yield first
     for chunk in chunks:
@@ -46,12 +56,13 @@ class Uploads:
     """Takes uploads in: one slot each, at most one stream a site."""
 
     def __init__(
-        self, engine: Engine, spools: Spools, slots: int, stall_seconds: float, metrics: ServerMetrics
+        self, engine: Engine, spools: Spools, slots: int, pace: PaceLimits, quota: DiskQuota, metrics: ServerMetrics
     ) -> None:
         self._engine = engine
         self._spools = spools
         self._admission = Admission(slots, metrics)
-        self._stall = stall_seconds
+        self._pace = pace
+        self._quota = quota
         self._metrics = metrics
         self._streams: dict[str, Call] = {}
 
@@ -80,13 +91,17 @@ class Uploads:
                     self._engine.touch(member, begin.run_id)
                     yield UploadResponse(queued=Queued(place=place))
                 self._metrics.upload_wait_seconds.observe(time.monotonic() - announced)
+                await self._complete(begin, requests)
                 # While it stood in the queue, the round may have closed, or another stream may have delivered.
                 expected = self._expect(member, begin)
                 if isinstance(expected, Receipt):
                     yield UploadResponse(receipt=expected)
                     return
+                held = self._spools.offset(expected.run_id, expected.round, member, expected.manifest.digest)
+                self._quota.demand(member, expected.manifest.payload_bytes - held)
                 admitted = time.monotonic()
                 with closing(self._spools.open(expected.run_id, expected.round, member, expected.manifest)) as spool:
+                    log.info("receiving", digest=spool.path.name[:12], at_byte=spool.offset, of=spool.size)
                     yield UploadResponse(ready=Ready(offset=spool.offset))
                     receipt = await self._receive(expected, spool, requests)
                 self._metrics.upload_seconds.observe(time.monotonic() - admitted)
@@ -103,7 +118,20 @@ class Uploads:
         begin = parse_upload(wire) if wire is not None else None
         if not isinstance(begin, UploadBegin):
             raise UpdateRejected("MANIFEST_INVALID", "The first message of Upload must be begin")
+        screen_begin(begin)
         return begin
+
+    async def _complete(self, begin: UploadBegin, requests: AsyncIterator[bytes]) -> None:
+        """Read the rest of a manifest that is too large for one message: not before there is a slot for it."""
+        reader = ManifestReader()
+        whole = reader.take(begin.manifest)
+        async with self._deadline():
+            while whole is None:
+                wire = await anext(requests, None)
+                part = parse_upload(wire) if wire is not None else None
+                if not isinstance(part, ManifestPart):
+                    raise UpdateRejected("MANIFEST_INVALID", "The parts of the manifest come after begin")
+                whole = reader.take(part)
 
     def _expect(self, member: str, begin: UploadBegin) -> Expected | Receipt:
         try:
@@ -129,27 +157,26 @@ class Uploads:
         return await self._engine.record_upload(expected, verified)
 
     async def _write(self, expected: Expected, spool: Spool, requests: AsyncIterator[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        async with self._deadline() as stall:
+        with Pace(self._pace, this_call()) as pace:
             while (wire := await anext(requests, None)) is not None:
                 piece = parse_upload(wire)
                 if not isinstance(piece, Piece):
                     raise UpdateRejected("MANIFEST_INVALID", "begin comes once, before the chunks")
                 size = len(piece.data)
-                # Full chunks only: with the deadline of each they are the least rate at which a site may hold a slot.
+                # Full chunks only: small ones would cost the server more than they cost the site.
                 if size != min(CHUNK, expected.manifest.payload_bytes - piece.offset):
                     raise UpdateRejected("MANIFEST_INVALID", f"A chunk of {size} bytes at {piece.offset} is not 1 MiB")
                 # Into the page cache, on the loop: a thread would cost more time than the copy.
                 spool.write(piece.offset, piece.data)
                 self._metrics.received_bytes.inc(size)
                 self._engine.touch(expected.member, expected.run_id)
-                stall.reschedule(loop.time() + self._stall)
+                pace.advanced(size)
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[asyncio.Timeout]:
+    async def _deadline(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._stall) as stall:
-                yield stall
+            async with asyncio.timeout(self._pace.stall_seconds):
+                yield
         except TimeoutError:
-            message = f"No chunk arrived for {self._stall:g} seconds; the slot goes to the next site"
+            message = f"Nothing was announced for {self._pace.stall_seconds:g} seconds"
             raise Unavailable("SITE_IDLE", message, retry_after=1.0) from None

@@ -16,9 +16,9 @@ from pathlib import Path
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, sync_folder
+from fsllm_common.files import disk_errors, make_folder, sync_folder
 from fsllm_common.tensors.manifest import PayloadDigest
-from fsllm_server.store.files import demand_space, make_folder, write_all
+from fsllm_server.store.files import demand_space, write_all
 
 _NEW = ".new-"
 
@@ -130,9 +130,16 @@ class BlobWriter:
                 os.fsync(file.fileno())
             sync_folder(self._new)
             reach("blob.synced")
-            if not place.exists():
+            ours = not place.exists()
+            if ours:
                 reach("blob.rename")
                 self._new.rename(place)
+            try:
+                # For a name that was there already too: a crash may have come between its renaming and its sync.
                 sync_folder(self._folder)
-                reach("blob.renamed")
+            except OSError:
+                if ours:
+                    place.rename(self._new)  # so that the next attempt renames, and syncs, anew
+                raise
+            reach("blob.renamed")
         return StoredVersion(self._manifest, place / "payload")

@@ -94,7 +94,7 @@ class Database:
         where = _shown(self._url)
         said = str(error.orig)
         if "disk is full" in said or "No space left" in said:
-            return Unavailable("DISK_FULL", f"no space left for the database {where}", retry_after=30)
+            return Unavailable("DISK_FULL", f"no space left for the database {where}", retry_after=5)
         if "malformed" in said or "not a database" in said or "disk I/O error" in said:
             return FsllmError("STATE_CORRUPT", f"database {where}: {said}")
         if isinstance(error, OperationalError | InterfaceError):

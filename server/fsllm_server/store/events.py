@@ -31,6 +31,8 @@ class Entry:
     kind: str
     body: str
     """JSON, see engine/events.py."""
+    manifest: str | None = None
+    """The digest of the manifest of the round that this event has committed, if it has; hexadecimal."""
 
 
 class EventLog:
@@ -71,10 +73,17 @@ class EventLog:
         """Return a run's log."""
         query = select(events).where(events.c.run_id == run_id).order_by(events.c.sequence)
         rows = await self._database.read(lambda connection: connection.execute(query).all())
-        return [Entry(row.sequence, row.at, row.kind, row.body) for row in rows]
+        return [Entry(row.sequence, row.at, row.kind, row.body, row.manifest) for row in rows]
 
 
 def _insert(connection: Connection, run_id: str, entry: Entry) -> None:
     connection.execute(
-        insert(events).values(run_id=run_id, sequence=entry.sequence, at=entry.at, kind=entry.kind, body=entry.body)
+        insert(events).values(
+            run_id=run_id,
+            sequence=entry.sequence,
+            at=entry.at,
+            kind=entry.kind,
+            body=entry.body,
+            manifest=entry.manifest,
+        )
     )

@@ -1,21 +1,12 @@
 """What the store's durable files have in common beyond ``fsllm_common.files``."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fsllm_common.errors import Unavailable
-from fsllm_common.files import sync_folder
-
-
-def make_folder(folder: Path) -> None:
-    """Make ``folder`` (0700) and its missing parents so that they survive a power loss."""
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(path.parent)
 
 
 def demand_space(folder: Path, size: int) -> None:
@@ -28,9 +19,7 @@ def demand_space(folder: Path, size: int) -> None:
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if size > free:
-        raise Unavailable(
-            "DISK_FULL", f"No space left for {folder}: {size} bytes needed, {free} free", retry_after=30.0
-        )
+        raise Unavailable("DISK_FULL", f"No space left for {folder}: {size} bytes needed, {free} free", retry_after=5.0)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -39,3 +28,32 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
         written = os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset += written
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[bool]:
+    """Lock a file, made when missing, against every other holder; yields False when there is one already."""
+    with _open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Lock a file, made when missing, against ``exclusive`` holders; waits until there is none."""
+    with _open_lock(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _open_lock(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)  # which unlocks it

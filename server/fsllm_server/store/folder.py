@@ -6,18 +6,23 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from typing import Final
 
 from fsllm_common.errors import FsllmError, SettingsInvalid
+from fsllm_server.store.layout import migrate
+
+DATABASE: Final = "fsllm.sqlite3"
+"""In the folder, unless the settings name another database."""
 
 
 class StateFolder:
     """A server's state folder, held under an exclusive lock until ``close``."""
 
     def __init__(self, root: Path) -> None:
-        """Make the folder (0700) when it is missing, and lock it.
+        """Make the folder (0700) when it is missing, lock it, and bring it to this version's layout.
 
         Raises:
-            FsllmError: STATE_LOCKED when another process holds it.
+            FsllmError: STATE_LOCKED when another process holds it. STATE_NEWER, STATE_CORRUPT, DISK_FULL.
             SettingsInvalid: It can not be made or written.
 
         """
@@ -34,11 +39,16 @@ class StateFolder:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise SettingsInvalid(f"state folder {self.root}: can not be locked: {error.strerror}") from error
             raise FsllmError("STATE_LOCKED", f"state folder {self.root} is in use by another process") from None
+        try:
+            migrate(self.root)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def database_url(self) -> str:
         """The URL of the default database, a file in this folder."""
-        return f"sqlite:///{self.root / 'fsllm.sqlite3'}"
+        return f"sqlite:///{self.root / DATABASE}"
 
     @property
     def blobs(self) -> Path:
@@ -47,7 +57,7 @@ class StateFolder:
 
     @property
     def spools(self) -> Path:
-        """Where uploads lie until their round is committed."""
+        """Where uploads lie."""
         return self.root / "spools"
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISIONS: Final = ("0001",)
+REVISIONS: Final = ("0001", "0002")
 """Every schema revision this version of fsllm knows, oldest first; the last is the one it works with."""
 
 metadata: Final = MetaData(
@@ -55,6 +55,8 @@ events: Final = Table(
     Column("kind", String(32), nullable=False),
     # JSON, see engine/events.py.
     Column("body", Text, nullable=False),
+    # The digest of the manifest of the round that the event has committed; hexadecimal.
+    Column("manifest", String(64)),
 )
 
 members: Final = Table(

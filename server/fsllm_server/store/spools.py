@@ -1,26 +1,41 @@
-"""Uploads on disk, from their first chunk until their round is committed.
+"""Uploads on disk, from their first chunk until their round is committed, and as long after as retention says.
 
 ``spools/<run>/<round>/<member>/<digest>``, and ``<digest>.manifest`` beside it once verified. The name says what the
 bytes are going to be, so that a transfer that broke goes on where it stood, after a restart of either end too. The
 file's length is the committed offset; whether the bytes are right is judged once, at the end, by the digest. Nothing
 is acknowledged before ``verify`` has synced the file.
+
+What is not wanted any more is renamed to ``spools/.dropped-<random>`` and then removed: so a round's uploads, or one
+member's, are gone all at once, and what a crash leaves of them is swept away by the next start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, UpdateRejected
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, write_atomic
+from fsllm_common.files import disk_errors, make_folder, write_atomic
 from fsllm_server.store.blobs import StoredVersion
-from fsllm_server.store.files import demand_space, make_folder, write_all
+from fsllm_server.store.files import demand_space, exclusive
+
+if TYPE_CHECKING:
+    from fsllm_server.reduce.check import PayloadCheck
+
+_DROPPED: Final = ".dropped-"
+
+KEEP: Final = ".keep"
+"""In the folder. Whoever holds a shared lock on this file (a back-up) keeps everything from being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,8 @@ class Spool:
                 self.close()
                 raise
         self.offset: int = held
+        # What arrives in one go is checked as it comes, while it is in the processor's cache.
+        self._check = _begin_check(manifest) if held == 0 else None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Take the next bytes of the payload.
@@ -74,6 +91,8 @@ class Spool:
         with disk_errors(self.path.parent):
             write_all(self._file, data, offset)
         self.offset += len(data)
+        if self._check is not None:
+            self._check.update(data)
 
     async def verify(self, manifest: Manifest, *, max_norm: float | None) -> VerifiedSpool:
         """Sync the file, and check digest, finiteness and norm, off the event loop. Closes the spool.
@@ -94,7 +113,7 @@ class Spool:
         # The disk works while the processor checks.
         sync = asyncio.create_task(asyncio.to_thread(self._sync, manifest))
         try:
-            norm = await asyncio.to_thread(_check, self.path, manifest, max_norm)
+            norm = await asyncio.to_thread(self._checked, manifest, max_norm)
         except UpdateRejected:
             self.path.unlink(missing_ok=True)
             raise
@@ -117,13 +136,27 @@ class Spool:
         if self._superseded:
             raise FsllmError("NOT_WANTED", "Another stream of this site has taken this upload over")
 
+    def _checked(self, manifest: Manifest, max_norm: float | None) -> float:
+        """Return the norm of a payload that passes; raise UpdateRejected for one that does not."""
+        check = self._check
+        if check is None:
+            check = _begin_check(manifest)
+            check.read(self.path)
+        return check.finish(self.path, max_norm)
+
     def _sync(self, manifest: Manifest) -> None:
         """Make payload, manifest and their names durable."""
-        with disk_errors(self.path.parent):
-            reach("spool.sync")
-            os.fdatasync(self._file)
-            reach("spool.synced")
-            write_atomic(self.path.with_suffix(".manifest"), manifest.SerializeToString(), mode=0o600)
+        try:
+            with disk_errors(self.path.parent):
+                reach("spool.sync")
+                os.fdatasync(self._file)
+                reach("spool.synced")
+                write_atomic(self.path.with_suffix(".manifest"), manifest.SerializeToString(), mode=0o600)
+        except (FsllmError, OSError):
+            # The kernel may have dropped what it could not write, and a second sync would succeed all the same: what
+            # is not known to be on the disk is sent again.
+            self.path.unlink(missing_ok=True)
+            raise
 
 
 class Spools:
@@ -132,7 +165,12 @@ class Spools:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[Path, Spool] = {}
+        self._pinned: Counter[Path] = Counter()
+        self.on_full: Callable[[], None] = lambda: None
+        """Called when there is no room for an upload."""
         make_folder(folder)
+        for left in folder.glob(f"{_DROPPED}*"):
+            shutil.rmtree(left)
 
     def open(self, run: str, round: int, member: str, manifest: Manifest) -> Spool:  # noqa: A002 - the domain's word
         """Return the spool for an upload, at the offset it has reached.
@@ -147,15 +185,25 @@ class Spools:
         folder = self._folder(run, round, member)
         if (open_already := self._open.get(folder)) is not None:
             open_already.supersede()
-        spool = self._open[folder] = Spool(folder, manifest)
+        spare = self._spare(manifest.payload_bytes)
+        try:
+            spool = self._open[folder] = Spool(folder, manifest, spare)
+        except FsllmError as error:
+            if error.reason == "DISK_FULL":
+                self.on_full()
+            raise
         return spool
 
     def offset(self, run: str, round: int, member: str, digest: bytes) -> int:  # noqa: A002
         """Return how many bytes of this upload are held."""
         try:
-            return (self._folder(run, round, member) / digest.hex()).stat().st_size
+            return self.path(run, round, member, digest).stat().st_size
         except FileNotFoundError:
             return 0
+
+    def path(self, run: str, round: int, member: str, digest: bytes) -> Path:  # noqa: A002
+        """Return where an upload's payload lies, if it does."""
+        return self._folder(run, round, member) / digest.hex()
 
     def recorded(self, run: str, round: int, member: str, digest: bytes) -> StoredVersion:  # noqa: A002
         """Return a verified upload.
@@ -164,35 +212,84 @@ class Spools:
             FsllmError: STATE_CORRUPT: it is not there.
 
         """
-        path = self._folder(run, round, member) / digest.hex()
+        path = self.path(run, round, member, digest)
         try:
             manifest = Manifest.FromString(path.with_suffix(".manifest").read_bytes())
         except FileNotFoundError:
             raise FsllmError("STATE_CORRUPT", f"{path}: this recorded upload is missing") from None
         return StoredVersion(manifest, path)
 
-    async def drop(self, run: str, round: int | None = None) -> None:  # noqa: A002
-        """Remove a round's uploads, or a whole run's."""
-        folder = self.folder / run if round is None else self.folder / run / str(round)
+    @contextmanager
+    def pinned(self, run: str, round: int) -> Iterator[None]:  # noqa: A002
+        """Keep a round's uploads from being removed for the length of the block."""
+        folder = self.folder / run / str(round)
+        self._pinned[folder] += 1
+        try:
+            yield
+        finally:
+            self._pinned[folder] -= 1
+            self._pinned += Counter()  # without zeros
+
+    async def sweep(self, keeps: Callable[[str, int], Container[str]], run: str | None = None) -> int:
+        """Remove what is not to be kept, and return how many folders that were.
+
+        Safe to repeat, and after a crash at any instant.
+
+        Nothing is removed while a back-up is being made.
+
+        Args:
+            keeps: (run, round) -> the members whose uploads stay.
+            run: Only this run's; None: all, those that nobody knows any more included.
+
+        """
+        with exclusive(self.folder / KEEP) as alone:
+            dropped = [self._drop(path) for path in self._unwanted(keeps, run)] if alone else []
+        for path in dropped:
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        return len(dropped)
+
+    def _unwanted(self, keeps: Callable[[str, int], Container[str]], run: str | None) -> Iterator[Path]:
+        """Yield the folders to remove: of runs, rounds or members."""
+        runs = [self.folder / run] if run is not None else _folders(self.folder)
+        for run_folder in runs:
+            rounds = _folders(run_folder)
+            for folder in rounds:
+                kept = keeps(run_folder.name, int(folder.name))
+                members = _folders(folder)
+                unwanted = [member for member in members if member.name not in kept]
+                if folder in self._pinned:
+                    continue
+                if len(unwanted) == len(members):
+                    yield folder
+                else:
+                    yield from unwanted
+
+    def _drop(self, folder: Path) -> Path:
+        """Make a folder disappear at once, and return where it waits for its removal."""
         for member in [path for path in self._open if path.is_relative_to(folder)]:
             self._open.pop(member).supersede()
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
-    async def sweep(self, wanted: Callable[[str, int], bool]) -> None:
-        """Remove the uploads of every (run, round) that ``wanted`` does not know: what a crash left behind."""
-        for run in list(self.folder.iterdir()):
-            rounds = [int(folder.name) for folder in run.iterdir()]
-            for round_ in rounds:
-                if not wanted(run.name, round_):
-                    await self.drop(run.name, round_)
+        dropped = self.folder / f"{_DROPPED}{secrets.token_hex(8)}"
+        reach("spool.drop")
+        folder.rename(dropped)
+        reach("spool.dropped")
+        with suppress(OSError):  # it holds other rounds
+            folder.parent.rmdir()
+        return dropped
 
     def _folder(self, run: str, round: int, member: str) -> Path:  # noqa: A002
         return self.folder / run / str(round) / member
 
 
-def _check(path: Path, manifest: Manifest, max_norm: float | None) -> float:
-    """Return the norm of a payload that passes; raise UpdateRejected for one that does not."""
-    # Here, because numpy would be a third of an idle server's memory.
-    from fsllm_server.reduce.check import check_payload
+def _folders(parent: Path) -> list[Path]:
+    """Return the folders in ``parent``, but those whose names begin with a dot; none when it does not exist."""
+    try:
+        return [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []
 
-    return check_payload(path, manifest, max_norm)
+
+def _begin_check(manifest: Manifest) -> PayloadCheck:
+    # Here, because numpy would be a third of an idle server's memory.
+    from fsllm_server.reduce.check import PayloadCheck
+
+    return PayloadCheck(manifest)

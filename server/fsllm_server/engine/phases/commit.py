@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
+from fsllm_common.round_manifest import digest
 from fsllm_server.engine import state
-from fsllm_server.engine.effects import DropSpools
+from fsllm_server.engine.effects import SweepSpools
+from fsllm_server.engine.manifests import manifest_of
 from fsllm_server.engine.phases.phase import Phase
 from fsllm_server.engine.state import Contribution, Status
 from fsllm_server.engine.turn import Turn
@@ -21,6 +24,7 @@ class Commit(Phase):
         run = turn.run
         if run.candidate is None:
             raise AssertionError("the phase is entered with a candidate")
+        previous = run.commits[-1].manifest if run.commits else None
         commit = state.Commit(
             round=run.round,
             version=run.candidate,
@@ -28,7 +32,9 @@ class Commit(Phase):
             contributions=tuple(Contribution(run.updates[m], run.weights[m]) for m in sorted(run.weights)),
             evaluations=tuple(run.evaluations[m] for m in sorted(run.evaluations)),
             phase_seconds=tuple(sorted(run.phase_seconds.items())),
+            epoch=run.epoch,
         )
+        commit = replace(commit, manifest=digest(manifest_of(run, commit, previous)))
         turn.update(
             commits=(*run.commits, commit),
             candidate=None,
@@ -40,7 +46,7 @@ class Commit(Phase):
             phase_seconds={},
         )
         turn.notify("commit", str(run.round), f"version {run.round} is committed", commit=commit)
-        turn.effects.append(DropSpools(run.round))
+        turn.effects.append(SweepSpools())
         if run.round == run.plan.rounds:
             turn.end(Status.DONE, "ROUND_CLOSED", f"done after {run.plan.rounds} rounds")
             return None

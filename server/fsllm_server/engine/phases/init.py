@@ -86,6 +86,7 @@ def update_of(event: UpdateRecorded) -> Update:
         event.tokens,
         event.steps,
         event.metrics,
+        event.element_type,
     )
 
 

@@ -1,0 +1,105 @@
+"""Play seeds: ``python tests/fault/simulation/run.py --seeds 2000``, or one again: ``--seed 17 --verbose``."""
+
+import argparse
+import gc
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from simulation import checker
+from simulation.seams import silenced, virtual
+from simulation.world import World
+
+
+@dataclass
+class Outcome:
+    """What came of a seed."""
+
+    seed: int
+    violations: list[checker.Violation]
+    digest: str
+    counts: Counter[str] = field(default_factory=Counter)
+    history: list[str] = field(default_factory=list)
+
+
+def play(seed: int, *, verbose: bool = False) -> Outcome:
+    """Play one seed and check it."""
+    folder = Path(tempfile.mkdtemp(prefix="fsllm-simulation-", dir="/dev/shm"))
+    hook = sys.unraisablehook
+    try:
+        world = World(seed, folder, verbose=verbose)
+        with virtual(world):
+            found = checker.Checker(world)
+            world.play()
+            violations = found.check()
+        outcome = Outcome(seed, violations, world.history.digest(), world.history.counts)
+        if verbose or violations:
+            outcome.history = list(map(str, world.history.events))
+        # What never ended is thrown away: its 'finally' is of no more interest than a dead process's.
+        sys.unraisablehook = lambda _: None
+        with silenced(), warnings.catch_warnings(action="ignore"):
+            world.close()
+            del world, found
+            gc.collect()
+        return outcome
+    finally:
+        sys.unraisablehook = hook
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def play_all(seeds: list[int], processes: int) -> Iterator[Outcome]:
+    """Play many, on several cores."""
+    gc.collect()
+    gc.freeze()
+    if processes == 1:
+        yield from map(play, seeds)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(play, seeds, chunksize=8)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=2000, help="how many to play")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--seed", type=int, help="play only this one")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="print the history, with what the code logs")
+    parser.add_argument("--histories", action="store_true", help="print the hash of every seed's history")
+    options = parser.parse_args()
+    write = sys.stdout.write
+    if options.seed is not None:
+        outcome = play(options.seed, verbose=options.verbose)
+        write("".join(f"{line}\n" for line in outcome.history if options.verbose))
+        write("".join(f"seed {outcome.seed}: {violation}\n" for violation in outcome.violations))
+        write(f"seed {outcome.seed}: history {outcome.digest}, {len(outcome.violations)} violations\n")
+        return 1 if outcome.violations else 0
+    began, broken, counts = time.perf_counter(), 0, Counter[str]()
+    for outcome in play_all(list(range(options.first, options.first + options.seeds)), options.processes):
+        counts += outcome.counts
+        if options.histories:
+            write(f"seed {outcome.seed}: history {outcome.digest}\n")
+        if outcome.violations:
+            broken += 1
+            write(f"seed {outcome.seed}: {outcome.violations[0]}\n")
+            sys.stdout.flush()
+    if options.verbose:
+        write("".join(f"{count:8} {what}\n" for what, count in sorted(counts.items())))
+    seconds = time.perf_counter() - began
+    write(f"{options.seeds} seeds in {seconds:.0f} s: {broken} broke a promise\n")
+    if broken:
+        write("Play one again with --seed N --verbose\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Would the simulation see it? Each mutation takes one line's worth of care out of the code; some seed of a few hundred
+must then break the very promise that the line keeps, in the checker's eyes."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simulation import run
+from test_simulation import _light_collections  # noqa: F401 - a fixture for this module too
+
+from fsllm_client.site.outbox import Outbox
+from fsllm_common import files, growing
+from fsllm_common.algorithms.fedavg import FedAvg
+from fsllm_common.errors import FsllmError
+from fsllm_server.engine import core, uploads
+from fsllm_server.engine.engine import Engine
+from fsllm_server.engine.state import Run
+from fsllm_server.engine.turn import Turn
+from fsllm_server.reduce import sum as sum_reducer
+from fsllm_server.service.admission import Admission
+from fsllm_server.store import blobs
+from fsllm_server.store.spools import Spool, Spools
+
+SEEDS = 300
+Patch = pytest.MonkeyPatch
+Mutation = Callable[[Patch], None]
+MUTATIONS: list[tuple[int, Mutation]] = []
+
+
+def breaks(promise: int) -> Callable[[Mutation], Mutation]:
+    """Register a mutation with the promise that it breaks."""
+
+    def register(mutation: Mutation) -> Mutation:
+        MUTATIONS.append((promise, mutation))
+        return mutation
+
+    return register
+
+
+@breaks(1)
+def acknowledge_before_the_payload_is_synced(patch: Patch) -> None:
+    patch.setattr(growing.Growing, "sync", growing.Growing.finish)
+
+
+@breaks(1)
+def acknowledge_before_the_names_are_synced(patch: Patch) -> None:
+    patch.setattr(files, "sync_folder", lambda folder: None)
+
+
+@breaks(1)
+def forget_uploads_at_a_restart(patch: Patch) -> None:
+    sweep = Spools.sweep
+
+    async def everything(self: Spools, keeps: Any, run: str | None = None) -> None:  # noqa: ANN401
+        await sweep(self, (lambda *_: ()) if run is None else keeps, run)
+
+    patch.setattr(Spools, "sweep", everything)
+
+
+@breaks(1)
+def acknowledge_before_recording(patch: Patch) -> None:
+    async def unheard(self: Engine, expected: Any, spool: Any) -> Any:  # noqa: ANN401
+        from fsllm.v1.federation_pb2 import Receipt
+
+        runner = self._runners[expected.run_id]
+        runner.post(self._uploads.event(expected, spool))
+        return Receipt(digest=spool.manifest.digest, payload_bytes=spool.manifest.payload_bytes)
+
+    patch.setattr(Engine, "record_upload", unheard)
+
+
+@breaks(2)
+def record_a_retry_again(patch: Patch) -> None:
+    close = Turn.close
+    patch.setattr(core, "recorded", lambda run, round_, member: None)
+    patch.setattr(Turn, "close", lambda self, order: None if order.kind == "train" else close(self, order))
+
+
+@breaks(3)
+def leave_the_last_update_out(patch: Patch) -> None:
+    weighted_sum = sum_reducer._weighted_sum
+
+    def most(readers: Any, *rest: Any) -> None:  # noqa: ANN401
+        weighted_sum(readers[:-1] or readers, *rest)
+
+    patch.setattr(sum_reducer, "_weighted_sum", most)
+
+
+@breaks(3)
+def weigh_all_the_same(patch: Patch) -> None:
+    patch.setattr(FedAvg, "weigh", lambda self, updates: [1 / len(updates)] * len(updates))
+
+
+@breaks(3)
+def add_in_the_order_of_arrival(patch: Patch) -> None:
+    weighted_sum = sum_reducer._weighted_sum
+    patch.setattr(sum_reducer, "_weighted_sum", lambda readers, *rest: weighted_sum(readers[::-1], *rest))
+
+
+@breaks(4)
+def train_from_version_zero_for_ever(patch: Patch) -> None:
+    patch.setattr(Run, "latest", property(lambda self: self.commits[0].version if self.commits else None))
+
+
+@breaks(4)
+def commit_a_version_that_a_power_loss_takes(patch: Patch) -> None:
+    patch.setattr(blobs, "sync_folder", lambda folder: None)
+
+
+@breaks(5)
+def record_what_was_not_verified(patch: Patch) -> None:
+    patch.setattr(Spool, "_checked", lambda self, manifest, max_norm: 0.0)
+
+
+@breaks(5)
+def publish_before_it_is_synced(patch: Patch) -> None:
+    careless = SimpleNamespace(**{**vars(os), "fsync": lambda descriptor: None})
+    patch.setattr(blobs, "os", careless)
+
+
+@breaks(6)
+def train_again_what_is_in_the_outbox(patch: Patch) -> None:
+    patch.setattr(Outbox, "find", lambda self, run_id, round_, base_digest: None)
+
+
+@breaks(6)
+def send_before_the_parcel_is_durable(patch: Patch) -> None:
+    commit = Outbox.commit
+    patch.setattr(Outbox, "commit", lambda self, begin, durable=True: commit(self, begin, durable=False))
+
+
+@breaks(6)
+def send_again_from_zero(patch: Patch) -> None:
+    patch.setattr(growing, "held", lambda path: 0)
+
+
+@breaks(6)
+def send_no_order_again(patch: Patch) -> None:
+    attached = Engine._attached
+
+    def as_if_held(self: Engine, session: Any, run_id: str) -> Any:  # noqa: ANN401
+        event = attached(self, session, run_id)
+        held = tuple(order.id for order in self._runners[run_id].run.orders_of(session.member))
+        return event.model_copy(update={"held": held})
+
+    patch.setattr(Engine, "_attached", as_if_held)
+
+
+@breaks(7)
+def forget_who_submitted(patch: Patch) -> None:
+    add = Engine._add
+
+    def forgetting(self: Engine, record: Any, entries: Any) -> Any:  # noqa: ANN401
+        runner = add(self, record, entries)
+        self._requests.clear()
+        return runner
+
+    patch.setattr(Engine, "_add", forgetting)
+
+
+@breaks(7)
+def fail_without_a_name(patch: Patch) -> None:
+    receipt = uploads.Uploads.receipt
+
+    def careless(self: uploads.Uploads, *what: Any) -> Any:  # noqa: ANN401
+        if (found := receipt(self, *what)) is not None:
+            raise KeyError(found.payload_bytes)
+        return None
+
+    patch.setattr(uploads.Uploads, "receipt", careless)
+
+
+@breaks(7)
+def refuse_what_is_recorded(patch: Patch) -> None:
+    patch.setattr(uploads.Uploads, "receipt", lambda self, *what: None)
+
+
+@breaks(8)
+def admit_one_more(patch: Patch) -> None:
+    begin = Admission.__init__
+    patch.setattr(Admission, "__init__", lambda self, slots, metrics: begin(self, slots + 1, metrics))
+
+
+@breaks(8)
+def leave_spools_open(patch: Patch) -> None:
+    patch.setattr(Spool, "close", lambda self: None)
+
+
+@breaks(9)
+def take_any_shape(patch: Patch) -> None:
+    patch.setattr(uploads, "compatible", lambda manifest, base, element_type: None)
+
+
+@breaks(9)
+def take_any_base(patch: Patch) -> None:
+    expect = uploads.Uploads.expect
+
+    def trusting(self: uploads.Uploads, runner: Any, member: str, begin: Any) -> Any:  # noqa: ANN401
+        with suppress(FsllmError):
+            order = core.wanted_order(runner.run, member, begin.order_id, begin.round)
+            begin.base_digest = bytes.fromhex(order.base.digest) if order.base is not None else b""
+        return expect(self, runner, member, begin)
+
+    patch.setattr(uploads.Uploads, "expect", trusting)
+
+
+def _seeds(promise: int) -> Iterator[int]:
+    """Yield the seeds to try: other ones for each promise, so that none is tuned to a few."""
+    yield from range(10_000 + 1000 * promise, 10_000 + 1000 * promise + SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("promise", "mutation"), MUTATIONS, ids=[mutation.__name__ for _, mutation in MUTATIONS])
+def test_a_mutation_breaks_its_promise(promise: int, mutation: Mutation, monkeypatch: Patch) -> None:
+    mutation(monkeypatch)
+    for seed in _seeds(promise):
+        broken = {violation.promise for violation in run.play(seed).violations}
+        if promise in broken:
+            return
+    pytest.fail(f"no seed of {SEEDS} has noticed")
