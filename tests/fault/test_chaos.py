@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.fault.chaos import MIB, Report, noop_plan, play
+from tests.fault.chaos import MIB, Report, play
 from tests.fault.chaos_checks import Observed, check_uploads
+from tests.fault.plans import noop_plan
 from tests.fault.proxy import Fault
 
 pytestmark = pytest.mark.slow

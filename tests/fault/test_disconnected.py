@@ -8,8 +8,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from tests.fault.chaos import rows, train_plan
 from tests.fault.federation import Federation, federation, lines
+from tests.fault.plans import rows, train_plan
 from tests.fault.proxy import Fault
 from tests.system.runs import await_done, events, submit, until
 

@@ -26,7 +26,7 @@ MEBIBYTES = 2.5
 ROUNDS = 4
 SITE = ("receipt.received", "parcel.")
 NOT_HERE = ("ledger.",)
-"""Only a run with noise writes to the privacy ledger: test_chaos_train goes there."""
+"""Only a run that trains with noise writes to the privacy ledger."""
 BOTH = ("file.", "folder.")
 """Of both: a site is killed there, and the server in `make chaos`."""
 

@@ -2,11 +2,11 @@
 must then break the very promise that the line keeps, in the checker's eyes."""
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,48 +14,60 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from simulation import run
+from simulation.disk import Synced
 from test_simulation import _light_collections  # noqa: F401 - a fixture for this module too
 
 from fsllm_client.site.outbox import Outbox
-from fsllm_common import files, growing
 from fsllm_common.algorithms.fedavg import FedAvg
 from fsllm_common.errors import FsllmError
+from fsllm_common.tensors import manifest
 from fsllm_server.engine import core, uploads
 from fsllm_server.engine.engine import Engine
 from fsllm_server.engine.state import Run
 from fsllm_server.engine.turn import Turn
 from fsllm_server.reduce import sum as sum_reducer
 from fsllm_server.service.admission import Admission
-from fsllm_server.store import blobs
 from fsllm_server.store.spools import Spool, Spools
 
 SEEDS = 300
 Patch = pytest.MonkeyPatch
 Mutation = Callable[[Patch], None]
-MUTATIONS: list[tuple[int, Mutation]] = []
+MUTATIONS: list[tuple[int, int, Mutation]] = []
 
 
-def breaks(promise: int) -> Callable[[Mutation], Mutation]:
-    """Register a mutation with the promise that it breaks."""
+def breaks(promise: int, first: int = 0) -> Callable[[Mutation], Mutation]:
+    """Register a mutation with the promise that it breaks; ``first`` is where looking for its seed begins."""
 
     def register(mutation: Mutation) -> Mutation:
-        MUTATIONS.append((promise, mutation))
+        MUTATIONS.append((promise, first, mutation))
         return mutation
 
     return register
 
 
-@breaks(1)
+def without_sync(patch: Patch, place: str, *, folders: bool) -> None:
+    """Lose the syncs of the files, or of the folders, that lie in ``place``."""
+    sync = Synced.sync
+
+    def careless(self: Synced, descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if f"/{place}" not in path or Path(path).is_dir() != folders:
+            sync(self, descriptor)
+
+    patch.setattr(Synced, "sync", careless)
+
+
+@breaks(1, first=23)
 def acknowledge_before_the_payload_is_synced(patch: Patch) -> None:
-    patch.setattr(growing.Growing, "sync", growing.Growing.finish)
+    without_sync(patch, "server", folders=False)
 
 
-@breaks(1)
+@breaks(1, first=7)
 def acknowledge_before_the_names_are_synced(patch: Patch) -> None:
-    patch.setattr(files, "sync_folder", lambda folder: None)
+    without_sync(patch, "server", folders=True)
 
 
-@breaks(1)
+@breaks(1, first=7)
 def forget_uploads_at_a_restart(patch: Patch) -> None:
     sweep = Spools.sweep
 
@@ -65,7 +77,7 @@ def forget_uploads_at_a_restart(patch: Patch) -> None:
     patch.setattr(Spools, "sweep", everything)
 
 
-@breaks(1)
+@breaks(1, first=1)
 def acknowledge_before_recording(patch: Patch) -> None:
     async def unheard(self: Engine, expected: Any, spool: Any) -> Any:  # noqa: ANN401
         from fsllm.v1.federation_pb2 import Receipt
@@ -77,14 +89,14 @@ def acknowledge_before_recording(patch: Patch) -> None:
     patch.setattr(Engine, "record_upload", unheard)
 
 
-@breaks(2)
+@breaks(2, first=15)
 def record_a_retry_again(patch: Patch) -> None:
     close = Turn.close
     patch.setattr(core, "recorded", lambda run, round_, member: None)
     patch.setattr(Turn, "close", lambda self, order: None if order.kind == "train" else close(self, order))
 
 
-@breaks(3)
+@breaks(3, first=2)
 def leave_the_last_update_out(patch: Patch) -> None:
     weighted_sum = sum_reducer._weighted_sum
 
@@ -94,12 +106,12 @@ def leave_the_last_update_out(patch: Patch) -> None:
     patch.setattr(sum_reducer, "_weighted_sum", most)
 
 
-@breaks(3)
+@breaks(3, first=4)
 def weigh_all_the_same(patch: Patch) -> None:
     patch.setattr(FedAvg, "weigh", lambda self, updates: [1 / len(updates)] * len(updates))
 
 
-@breaks(3)
+@breaks(3, first=15)
 def add_in_the_order_of_arrival(patch: Patch) -> None:
     weighted_sum = sum_reducer._weighted_sum
     patch.setattr(sum_reducer, "_weighted_sum", lambda readers, *rest: weighted_sum(readers[::-1], *rest))
@@ -110,9 +122,9 @@ def train_from_version_zero_for_ever(patch: Patch) -> None:
     patch.setattr(Run, "latest", property(lambda self: self.commits[0].version if self.commits else None))
 
 
-@breaks(4)
+@breaks(4, first=10)
 def commit_a_version_that_a_power_loss_takes(patch: Patch) -> None:
-    patch.setattr(blobs, "sync_folder", lambda folder: None)
+    without_sync(patch, "blobs", folders=True)
 
 
 @breaks(5)
@@ -120,29 +132,34 @@ def record_what_was_not_verified(patch: Patch) -> None:
     patch.setattr(Spool, "_checked", lambda self, manifest, max_norm: 0.0)
 
 
-@breaks(5)
+@breaks(5, first=17)
 def publish_before_it_is_synced(patch: Patch) -> None:
-    careless = SimpleNamespace(**{**vars(os), "fsync": lambda descriptor: None})
-    patch.setattr(blobs, "os", careless)
+    without_sync(patch, "blobs", folders=False)
 
 
-@breaks(6)
+@breaks(6, first=4)
 def train_again_what_is_in_the_outbox(patch: Patch) -> None:
     patch.setattr(Outbox, "find", lambda self, run_id, round_, base_digest: None)
 
 
-@breaks(6)
+@breaks(6, first=4)
 def send_before_the_parcel_is_durable(patch: Patch) -> None:
     commit = Outbox.commit
     patch.setattr(Outbox, "commit", lambda self, begin, durable=True: commit(self, begin, durable=False))
 
 
-@breaks(6)
+@breaks(6, first=9)
 def send_again_from_zero(patch: Patch) -> None:
-    patch.setattr(growing, "held", lambda path: 0)
+    begin = Spools.open
+
+    def afresh(self: Spools, run: str, round_: int, member: str, manifest: Any) -> Spool:  # noqa: ANN401
+        shutil.rmtree(self.folder / run / str(round_) / member, ignore_errors=True)
+        return begin(self, run, round_, member, manifest)
+
+    patch.setattr(Spools, "open", afresh)
 
 
-@breaks(6)
+@breaks(6, first=11)
 def send_no_order_again(patch: Patch) -> None:
     attached = Engine._attached
 
@@ -154,7 +171,7 @@ def send_no_order_again(patch: Patch) -> None:
     patch.setattr(Engine, "_attached", as_if_held)
 
 
-@breaks(7)
+@breaks(7, first=4)
 def forget_who_submitted(patch: Patch) -> None:
     add = Engine._add
 
@@ -166,7 +183,7 @@ def forget_who_submitted(patch: Patch) -> None:
     patch.setattr(Engine, "_add", forgetting)
 
 
-@breaks(7)
+@breaks(7, first=15)
 def fail_without_a_name(patch: Patch) -> None:
     receipt = uploads.Uploads.receipt
 
@@ -178,12 +195,12 @@ def fail_without_a_name(patch: Patch) -> None:
     patch.setattr(uploads.Uploads, "receipt", careless)
 
 
-@breaks(7)
+@breaks(7, first=15)
 def refuse_what_is_recorded(patch: Patch) -> None:
     patch.setattr(uploads.Uploads, "receipt", lambda self, *what: None)
 
 
-@breaks(8)
+@breaks(8, first=12)
 def admit_one_more(patch: Patch) -> None:
     begin = Admission.__init__
     patch.setattr(Admission, "__init__", lambda self, slots, metrics: begin(self, slots + 1, metrics))
@@ -194,12 +211,12 @@ def leave_spools_open(patch: Patch) -> None:
     patch.setattr(Spool, "close", lambda self: None)
 
 
-@breaks(9)
+@breaks(9, first=3)
 def take_any_shape(patch: Patch) -> None:
-    patch.setattr(uploads, "compatible", lambda manifest, base, element_type: None)
+    patch.setattr(manifest, "compatible", lambda *_: None)
 
 
-@breaks(9)
+@breaks(9, first=3)
 def take_any_base(patch: Patch) -> None:
     expect = uploads.Uploads.expect
 
@@ -212,16 +229,18 @@ def take_any_base(patch: Patch) -> None:
     patch.setattr(uploads.Uploads, "expect", trusting)
 
 
-def _seeds(promise: int) -> Iterator[int]:
-    """Yield the seeds to try: other ones for each promise, so that none is tuned to a few."""
-    yield from range(10_000 + 1000 * promise, 10_000 + 1000 * promise + SEEDS)
+def _seeds(promise: int, first: int = 0) -> range:
+    """Return the seeds to try: other ones for each promise, so that none is tuned to a few."""
+    return range(10_000 + 1000 * promise + first, 10_000 + 1000 * promise + SEEDS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("promise", "mutation"), MUTATIONS, ids=[mutation.__name__ for _, mutation in MUTATIONS])
-def test_a_mutation_breaks_its_promise(promise: int, mutation: Mutation, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(
+    ("promise", "first", "mutation"), MUTATIONS, ids=[mutation.__name__ for *_, mutation in MUTATIONS]
+)
+def test_a_mutation_breaks_its_promise(promise: int, first: int, mutation: Mutation, monkeypatch: Patch) -> None:
     mutation(monkeypatch)
-    for seed in _seeds(promise):
+    for seed in _seeds(promise, first):
         broken = {violation.promise for violation in run.play(seed).violations}
         if promise in broken:
             return

@@ -21,7 +21,7 @@ from fsllm_common.errors import FsllmError
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A model folder; SmolLM2 where installed.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Rows of your own, jsonl; else made ones.")
 @click.option("--fields", default="", help="How the file's fields are named, e.g. instruction=question,output=answer.")
-@click.option("--examples", default=48, show_default=True, help="Rows of a pass, about.")
+@click.option("--examples", default=80, show_default=True, help="Rows of a pass, about.")
 @click.option("--repetitions", default=3, show_default=True, help="Passes that count, after one that does not.")
 @click.option("--rounds", default=6, show_default=True, help="Of the federation that measures overheads; 0: none.")
 @click.option("--seed", default=0, show_default=True, help="Of the rows, the adapter and the order of the batches.")
@@ -61,8 +61,8 @@ def main(
                 precision=precision,
                 fields=dict(_pair(pair) for pair in fields.split(",") if pair),
             )
-            compared = throughput.compare(setting, threads=threads, tell=lambda line: console.print(line, style="dim"))
             waits = overhead.measure(setting, rounds) if rounds else None
+            compared = throughput.compare(setting, threads=threads, tell=lambda line: console.print(line, style="dim"))
             if docs is not None:
                 report.write_section(
                     docs, setting, compared, waits, shlex.join(["python", "-m", "fsllm_bench.training", *sys.argv[1:]])

@@ -20,8 +20,8 @@ Options = tuple[tuple[str, int], ...]
 _COMMON_OPTIONS: Final[Options] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # So that a peer that is stopped, but whose host answers, is noticed. No less: on a slow line the answer waits behind
-    # the megabytes of a payload that lie in the sockets' buffers, and a connection that advances must not be cut.
+    # So that a peer that is stopped, but whose host answers, is noticed. No less: on a slow line the answer waits
+    # behind the megabytes of a payload in the sockets' buffers, and a connection that advances must not be cut.
     ("grpc.http2.ping_timeout_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Bounds the memory of a stream; costs nothing measurable.

@@ -27,7 +27,7 @@ from fsllm_common.errors import FsllmError, UpdateRejected
 from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, make_folder, write_atomic
 from fsllm_server.store.blobs import StoredVersion
-from fsllm_server.store.files import demand_space, exclusive
+from fsllm_server.store.files import demand_space, exclusive, write_all
 
 if TYPE_CHECKING:
     from fsllm_server.reduce.check import PayloadCheck
@@ -185,9 +185,8 @@ class Spools:
         folder = self._folder(run, round, member)
         if (open_already := self._open.get(folder)) is not None:
             open_already.supersede()
-        spare = self._spare(manifest.payload_bytes)
         try:
-            spool = self._open[folder] = Spool(folder, manifest, spare)
+            spool = self._open[folder] = Spool(folder, manifest)
         except FsllmError as error:
             if error.reason == "DISK_FULL":
                 self.on_full()

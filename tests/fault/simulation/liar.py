@@ -43,10 +43,15 @@ CIRCUMSTANCES = frozenset(
         "DISK_FULL",
         "NOT_WANTED",
         "ROUND_CLOSED",
+        "ALL_HELD",
     }
 )
 """What may come between: the connection breaks, or the round has gone on without the liar."""
 SECONDS = 30.0
+
+
+class AllHeldError(Exception):
+    """The server has every byte of an honest attempt already: there is nothing to lie with."""
 
 
 async def lie(world: "World") -> None:
@@ -120,7 +125,7 @@ class Liar:
             arrays = {name: array * 0.3 for name, array in arrays.items()}
         manifest, payload = describe_arrays(arrays, kind)
         world.history.honest[manifest.digest.hex()] = payload
-        honest = Update(announce(order, manifest, LIAR.examples), payload)
+        honest = Update(announce(order, manifest, LIAR.examples), payload, honest=True)
         if not world.quiet:
             await self._other_calls(order)
             for name in world.chance.sample(sorted(LIES), 3):
@@ -160,6 +165,8 @@ class Liar:
             await call.write(update.opening)
             async for response in call:
                 if response.WhichOneof("kind") == "ready":
+                    if response.ready.offset == len(update.payload) and not update.honest:
+                        raise AllHeldError
                     for frame in update.chunks(response.ready.offset):
                         await call.write(frame)
                     await call.done_writing()
@@ -199,4 +206,6 @@ class Liar:
             return error_from(error).reason
         except TimeoutError:
             return "SERVER_UNREACHABLE"
+        except AllHeldError:
+            return "ALL_HELD"
         return "OK"

@@ -25,6 +25,7 @@ class Update:
     """Instead of the payload's chunks."""
     first: bytes | None = None
     """Instead of the announcement."""
+    honest: bool = False
 
     @property
     def opening(self) -> bytes:
