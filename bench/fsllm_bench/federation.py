@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from fsllm_bench.daemons import Daemons, command, daemon_environment
+from fsllm_operator.connection import Connection
+from fsllm_operator.credentials import connect, discover
 
 TENSORS = 64
 
@@ -45,6 +47,12 @@ class Federation:
 
     def run_rounds(self, name: str, rounds: int, sites: int, mebibytes: float) -> dict[str, Any]:
         """Let the sites do so many rounds without training, and return the run as `fsllm run show --json` has it."""
+        self.fsllm("run", "submit", str(self.write_plan(name, rounds, sites, mebibytes)), "--watch")
+        run: dict[str, Any] = json.loads(self.fsllm("run", "show", name, "--json"))
+        return run
+
+    def write_plan(self, name: str, rounds: int, sites: int, mebibytes: float) -> Path:
+        """Write the plan of a run without training that needs all ``sites``, and return its file."""
         plan = {
             "name": name,
             "rounds": rounds,
@@ -56,9 +64,13 @@ class Federation:
         }
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(plan))
-        self.fsllm("run", "submit", str(path), "--watch")
-        run: dict[str, Any] = json.loads(self.fsllm("run", "show", name, "--json"))
-        return run
+        return path
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Connect as the operator of this host."""
+        with connect(discover(f"localhost:{self.port}", self.state / "operator")) as connection:
+            yield connection
 
     def server_peak(self) -> float:
         """Return the server's peak resident memory in MiB."""

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fsllm_common import __version__
+from fsllm_common.errors import InputError
+from fsllm_common.files import write_atomic
 
 
 def machine() -> str:
@@ -30,17 +32,17 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_section(page: Path, name: str, commands: Sequence[str], text: str) -> None:
-    """Put ``text`` between the page's markers ``<!-- name -->`` and ``<!-- /name -->``.
+    """Put ``text`` between the page's markers ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
     Raises:
-        ValueError: The page has no such markers.
+        InputError: SETTING_INVALID: the page has no such markers.
 
     """
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, _, rest = page.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"{page} has no section between {begin} and {end}")
+        raise InputError("SETTING_INVALID", f"--write: {page} must hold {begin} and {end}, in this order")
     typed = ", ".join(f"`{command}`" for command in commands)
-    about = f"{typed} on {datetime.now(UTC):%Y-%m-%d}: {machine()}."
-    page.write_text(f"{before}{begin}\n{about}\n\n{text}\n{end}{after}")
+    about = f"{typed}, {datetime.now(UTC):%Y-%m-%d}, on {machine()}."
+    write_atomic(page, f"{before}{begin}\n{about}\n\n{text}\n{end}{after}".encode())

@@ -91,9 +91,16 @@ def acknowledge_before_recording(patch: Patch) -> None:
 
 @breaks(2, first=15)
 def record_a_retry_again(patch: Patch) -> None:
-    close = Turn.close
+    updated = core._updated
+
+    def reopened(turn: Turn, event: Any) -> None:  # noqa: ANN401
+        order = turn.run.orders.get(event.order_id)
+        updated(turn, event)
+        if order is not None and order.kind == "train":
+            turn.update(orders={**turn.run.orders, order.id: order})
+
     patch.setattr(core, "recorded", lambda run, round_, member: None)
-    patch.setattr(Turn, "close", lambda self, order: None if order.kind == "train" else close(self, order))
+    patch.setattr(core, "_updated", reopened)
 
 
 @breaks(3, first=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from fsllm_bench.embedded import model_path
 from fsllm_bench.training import overhead, report, throughput
 from fsllm_bench.training import setting as settings
 from fsllm_common.errors import FsllmError
@@ -21,7 +22,7 @@ from fsllm_common.errors import FsllmError
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A model folder; SmolLM2 where installed.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Rows of your own, jsonl; else made ones.")
 @click.option("--fields", default="", help="How the file's fields are named, e.g. instruction=question,output=answer.")
-@click.option("--examples", default=80, show_default=True, help="Rows of a pass, about.")
+@click.option("--examples", type=int, help="Rows of a pass, about; 200 with the embedded model, else 64.")
 @click.option("--repetitions", default=3, show_default=True, help="Passes that count, after one that does not.")
 @click.option("--rounds", default=6, show_default=True, help="Of the federation that measures overheads; 0: none.")
 @click.option("--seed", default=0, show_default=True, help="Of the rows, the adapter and the order of the batches.")
@@ -34,7 +35,7 @@ def main(
     model: Path | None,
     data: Path | None,
     fields: str,
-    examples: int,
+    examples: int | None,
     repetitions: int,
     rounds: int,
     seed: int,
@@ -51,11 +52,12 @@ def main(
         folder = out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            model = model or settings.default_model()
             setting = settings.make(
-                model or settings.default_model(),
+                model,
                 data,
                 folder,
-                examples=examples,
+                examples=examples or (200 if model.resolve() == model_path() else 64),
                 passes=1 + repetitions,
                 seed=seed,
                 precision=precision,

@@ -20,7 +20,10 @@ from fsllm_common.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SEQUENCES_A_STEP: Final = 2
+_EXAMPLES_A_STEP: Final = 8
+"""About: the plain Trainer's own default."""
+
+_LEAST_STEPS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,9 @@ def make(
 ) -> Setting:
     """Write the rows and choose the plan.
 
-    The last rows are left out until the packed sequences fill whole steps: then a pass of the client, too, holds each
-    example exactly once, and the two sides can be compared after the same number of examples.
+    The client's steps are so many packed sequences as hold about as many examples as the plain Trainer's. The last rows
+    are left out until packed sequences fill whole steps, and both sides take equally many: then a pass of either holds
+    each example exactly once, and the two can be compared after the same number of examples and of steps.
 
     Args:
         model: The base model's folder.
@@ -95,12 +99,16 @@ def make(
         else [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:wanted]
     )
     path = folder / "rows.jsonl"
-    while len(lines) > 2 * _SEQUENCES_A_STEP:
+    size: int | None = None
+    while len(lines) > _LEAST_STEPS * _EXAMPLES_A_STEP:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         loaded, sequences = _packed(path, plan, tokenizer)
-        if len(sequences) % _SEQUENCES_A_STEP == 0:
-            steps = len(sequences) // _SEQUENCES_A_STEP
-            batch = math.ceil(len(loaded.train) / steps)
+        if size is None:
+            size = max(1, round(_EXAMPLES_A_STEP * len(sequences) / len(loaded.train)))
+            plan = plan.model_copy(update={"train": plan.train.model_copy(update={"batch_size": size})})
+        steps = len(sequences) // size
+        batch = math.ceil(len(loaded.train) / max(1, steps))
+        if len(sequences) % size == 0 and math.ceil(len(loaded.train) / batch) == steps:
             lengths = [len(example) for example in loaded.train]
             return Setting(
                 model=model.resolve(),
@@ -147,7 +155,6 @@ def _plan(seed: int, precision: str, max_length: int, fields: dict[str, str]) ->
             "train": {
                 "steps": None,
                 "epochs": 1.0,
-                "batch_size": _SEQUENCES_A_STEP,
                 "learning_rate": 5e-4,
                 "precision": precision,
                 "optimizer_state": "keep",

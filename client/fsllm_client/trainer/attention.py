@@ -1,9 +1,9 @@
 """Attention over packed examples on a CPU, block by block.
 
-transformers keeps the examples of a sequence apart by a mask over all its pairs of tokens. torch's SDPA computes every
-pair on a CPU, masked or not: of four examples in 512 tokens three quarters for nothing, a tenth of a training step. Here
-it is called on the blocks of the diagonal, each with its own piece of the mask: so windows and whatever else the mask
-says are kept, and the result is the same.
+transformers keeps the examples of a sequence apart by a mask over all its pairs of tokens. On a CPU torch's SDPA
+computes every pair, masked or not: with four examples in 512 tokens three quarters for nothing, a tenth of a training
+step. Here it is called on the blocks of the diagonal, each with its own piece of the mask: so windows and whatever else
+the mask says are kept, and the result is the same.
 
 On a GPU nothing is changed: there one large call costs less than many small ones, and Flash attention, where the model
 is set to use it, skips the other blocks by itself.
@@ -23,9 +23,11 @@ _NAME = "fsllm_blocks"
 
 def attend_by_blocks(model: PreTrainedModel, device: torch.device) -> None:
     """Have a model that attends by SDPA on a CPU do it block by block."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError:
+        return  # before 4.53 no model tells packed examples apart, and none are packed
     if device.type != "cpu" or model.config.get_text_config()._attn_implementation != "sdpa":
         return
     AttentionInterface.register(_NAME, _attend)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fsllm_client.trainer import optimizer_state
 from fsllm_client.trainer.account import epsilon
 from fsllm_client.trainer.adapters import adapter_parameters, attach, initial_adapter
+from fsllm_client.trainer.attention import attend_by_blocks
 from fsllm_client.trainer.base_model import check_folder, load_model, load_tokenizer, shape_of_model, vocabulary
 from fsllm_client.trainer.cpu_adam import build
 from fsllm_client.trainer.ds_config import deepspeed_config, ignored_keys, micro_batches, site_config
@@ -140,7 +141,9 @@ class Session:
             build()
         dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
         with _announced(config):
-            model = attach(plan, load_model(order.model, dtype))
+            base = load_model(order.model, dtype)
+            attend_by_blocks(base, group.device)
+            model = attach(plan, base)
         return Engine(model, adapter_parameters(model), plan, config, group.device)
 
     # The other orders.

@@ -3,17 +3,20 @@
 The order of the updates is the caller's (the engine sorts by member), products and sums are separate IEEE operations,
 and nothing depends on when an update arrived: the same set gives the same bits on every machine, so that anyone who
 holds the manifest of a commit can verify it. Memory is a few blocks, whatever the payload and the number of updates:
-they are read through one buffer, and beyond ``OPEN_FILES`` of them each is opened for each block.
+one is read after the other, and beyond ``OPEN_FILES`` of them each is opened for each block.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -21,7 +24,7 @@ from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
 from fsllm_common.tensors.manifest import byte_count, element_count
-from fsllm_server.reduce.blocks import BlockReader, block_reader, blocks, scratch, uniform_type
+from fsllm_server.reduce.blocks import BlockReader, blocks, scratch, uniform_type
 from fsllm_server.reduce.sink import Sink, Writer
 from fsllm_server.store.blobs import StoredVersion
 
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 OPEN_FILES: Final = 64
 """Up to so many updates, their files stay open while they are folded."""
+
+_LANES: Final = 3
+"""Blocks in the making: two are computed while the third is hashed and written. Nobody else needs the processor then:
+all sites wait for the version."""
 
 Apply = Callable[["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"], "npt.NDArray[np.float32]"]
 """(block of the base, block of the mean delta) -> block of the next version; see algorithms.Algorithm.apply."""
@@ -84,40 +91,74 @@ def fold(
         Stopped: ``stopped`` said so.
 
     """
-    buffer = scratch()
     with ExitStack() as stack:
-        readers = [(BlockReader(u.payload, u.element_type, buffer, once=True), np.float32(u.weight)) for u in updates]
-        if len(readers) <= OPEN_FILES:
-            for reader, _ in readers:
-                reader.open()
-                stack.callback(reader.close)
-        base_reader = (
-            stack.enter_context(block_reader(base.payload, uniform_type(base.manifest), buffer, once=True))
-            if base
-            else None
-        )
+        lanes = [stack.enter_context(closing(_Lane(base, updates, apply, wire, stopped))) for _ in range(_LANES)]
         master = stack.enter_context(sink.create(_typed(tensors, ELEMENT_TYPE_FLOAT32)))
         published: Writer | None = None
         if wire != ELEMENT_TYPE_FLOAT32:
             published = stack.enter_context(sink.create(_typed(tensors, wire)))
-        mean = np.empty(BLOCK, dtype=np.float32)
-        product = np.empty(BLOCK, dtype=np.float32)
-        for start, count in blocks(sum(map(element_count, tensors.tensors))):
-            if stopped():
-                raise Stopped
-            if base_reader is None:
-                block = readers[0][0].read(start, count)
-            else:
-                _weighted_sum(readers, start, mean[:count], product[:count], stopped)
-                block = np.ascontiguousarray(apply(base_reader.read(start, count), mean[:count]), dtype=np.float32)
-            sent = narrow(block, wire)
-            if block.shape != (count,) or not math.isfinite(square_sum(sent)):
-                raise _not_finite(tensors, start, sent)
+        for block, sent in _in_order(lanes, tensors):
             master.write(block.view(np.uint8).data)
             if published is not None:
                 published.write(sent.view(np.uint8).data)
         kept = master.commit()
         return Folded(kept, published.commit() if published is not None else kept)
+
+
+class _Lane:
+    """Computes one block at a time, in buffers of its own."""
+
+    def __init__(
+        self,
+        base: StoredVersion | None,
+        updates: Sequence[Addend],
+        apply: Apply,
+        wire: ElementType.ValueType,
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._apply = apply
+        self._wire = wire
+        self._stopped = stopped
+        buffer = scratch()
+        self._updates = [
+            (BlockReader(u.payload, u.element_type, buffer, once=True), np.float32(u.weight)) for u in updates
+        ]
+        self._base = BlockReader(base.payload, uniform_type(base.manifest), buffer, once=True) if base else None
+        self._mean = np.empty(BLOCK, dtype=np.float32)
+        self._product = np.empty(BLOCK, dtype=np.float32)
+        if len(updates) <= OPEN_FILES:
+            for reader, _ in self._updates:
+                reader.open()
+        if self._base is not None:
+            self._base.open()
+
+    def close(self) -> None:
+        """Let the files go."""
+        for reader, _ in self._updates:
+            reader.close()
+        if self._base is not None:
+            self._base.close()
+
+    def make(self, tensors: Manifest, start: int, count: int) -> tuple[Array, npt.NDArray[Any]]:
+        """Return the next version's block at ``start``, and the same in the wire's type; valid until the next call.
+
+        Raises:
+            FsllmError: NOT_FINITE, naming the tensor; STATE_CORRUPT.
+            Stopped: The fold is to stop.
+
+        """
+        if self._stopped():
+            raise Stopped
+        if self._base is None:
+            block = self._updates[0][0].read(start, count)
+        else:
+            mean = self._mean[:count]
+            _weighted_sum(self._updates, start, mean, self._product[:count], self._stopped)
+            block = np.ascontiguousarray(self._apply(self._base.read(start, count), mean), dtype=np.float32)
+        sent = narrow(block, self._wire)
+        if block.shape != (count,) or not math.isfinite(square_sum(sent)):
+            raise _not_finite(tensors, start, sent)
+        return block, sent
 
 
 def _weighted_sum(
@@ -133,6 +174,22 @@ def _weighted_sum(
             raise Stopped
         np.multiply(reader.read(start, len(total)), weight, out=product)
         np.add(total, product, out=total)
+
+
+def _in_order(lanes: Sequence[_Lane], tensors: Manifest) -> Iterator[tuple[Array, npt.NDArray[Any]]]:
+    """Yield what the lanes make of all blocks, in order. While one is looked at, the others compute the next ones."""
+    with ThreadPoolExecutor(len(lanes) - 1, "fold") as pool:
+        coming: deque[Future[tuple[Array, npt.NDArray[Any]]]] = deque()
+        try:
+            elements = sum(map(element_count, tensors.tensors))
+            for (start, count), lane in zip(blocks(elements), cycle(lanes), strict=False):
+                coming.append(pool.submit(lane.make, tensors, start, count))
+                if len(coming) == len(lanes):
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _typed(manifest: Manifest, element_type: ElementType.ValueType) -> Manifest:

@@ -10,12 +10,14 @@ from simulation.site import Nature
 
 QUIET_AFTER = (20.0, 100.0)
 """Seconds: when the faults stop."""
-PATIENCE = 1500.0
+PATIENCE = 1000.0
 """Seconds after which a run in quiet must be done."""
 
 SERVER_POINTS = (
     "spool.sync",
     "spool.synced",
+    "spool.drop",
+    "spool.dropped",
     "file.sync",
     "file.rename",
     "file.renamed",

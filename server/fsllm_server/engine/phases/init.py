@@ -48,6 +48,8 @@ class Init(Phase):
             return None
         able = [site for site in joined if site not in run.builders]
         if not able:
+            if _on_their_way(run, sites=True):
+                return None  # one of them may be able to
             return turn.fail(f"no site could build version 0{complaints(run, run.builders)}")
         turn.clear_timers()
         turn.update(builders=(*run.builders, able[0]), overdue=frozenset({GATHER}))
@@ -92,9 +94,10 @@ def update_of(event: UpdateRecorded) -> Update:
 
 def _evaluators_on_their_way(run: Run) -> bool:
     """Without its evaluator a run would never know how good the base model was."""
-    return evaluation_due(run) and any(
-        not run.members[order.member].is_site
-        and run.members[order.member].attached
-        and not run.members[order.member].idle
-        for order in run.open_orders(Kind.JOIN)
-    )
+    return evaluation_due(run) and _on_their_way(run, sites=False)
+
+
+def _on_their_way(run: Run, *, sites: bool) -> bool:
+    """Is any site (any evaluator) that is attached and has not gone quiet still joining?"""
+    joining = (run.members[order.member] for order in run.open_orders(Kind.JOIN))
+    return any(member.is_site is sites and member.attached and not member.idle for member in joining)
