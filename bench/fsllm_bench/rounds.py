@@ -25,8 +25,8 @@ from fsllm_bench.report import markdown, write_section
 from fsllm_server.settings import ServerSettings
 
 CELLS = (*(f"{size}x{sites}" for size in (8, 64, 256) for sites in (2, 4, 8)), "8x32", "64x32")
-WARM = 3
-"""Rounds in front that are not counted: caches fill, libraries are loaded."""
+WARM = 5
+"""Rounds in front that are not counted: until as many old versions and uploads are let go of as new ones come."""
 
 COLUMNS = (
     "MiB of float32",

@@ -57,12 +57,12 @@ def without_sync(patch: Patch, place: str, *, folders: bool) -> None:
     patch.setattr(Synced, "sync", careless)
 
 
-@breaks(1, first=23)
+@breaks(1, first=170)
 def acknowledge_before_the_payload_is_synced(patch: Patch) -> None:
     without_sync(patch, "server", folders=False)
 
 
-@breaks(1, first=7)
+@breaks(1, first=23)
 def acknowledge_before_the_names_are_synced(patch: Patch) -> None:
     without_sync(patch, "server", folders=True)
 
@@ -89,7 +89,7 @@ def acknowledge_before_recording(patch: Patch) -> None:
     patch.setattr(Engine, "record_upload", unheard)
 
 
-@breaks(2, first=15)
+@breaks(2, first=34)
 def record_a_retry_again(patch: Patch) -> None:
     updated = core._updated
 

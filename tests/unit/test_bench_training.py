@@ -20,13 +20,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def setting(tmp_path: Path, tiny_model: Path) -> Setting:
-    return settings.make(tiny_model, None, tmp_path, examples=40, passes=3, seed=4, precision="fp32")
+    return settings.make(tiny_model, None, tmp_path, examples=40, batch=8, passes=3, seed=4, precision="fp32")
 
 
 def test_the_made_rows_are_right_and_of_mixed_lengths() -> None:
     made = rows.make(300, 1)
     assert made == rows.make(300, 1)
     assert made != rows.make(300, 2)
+    assert max(len(row["output"].splitlines()) for row in rows.make(300, 1, 6)) == 7
     for row in made:
         *steps, last = row["output"].splitlines()
         for step in steps:
@@ -60,7 +61,7 @@ def test_too_few_rows_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text('{"instruction": "a", "output": "b"}\n')
     with pytest.raises(DataInvalid, match="too few"):
-        settings.make(tiny_model, few, tmp_path, examples=40, passes=2, seed=0, precision="fp32")
+        settings.make(tiny_model, few, tmp_path, examples=40, batch=8, passes=2, seed=0, precision="fp32")
 
 
 def test_the_section_is_written_between_its_markers_and_nowhere_else(tmp_path: Path, setting: Setting) -> None:

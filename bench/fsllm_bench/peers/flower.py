@@ -80,7 +80,15 @@ def measure(root: Path, mebibytes: float, sites: int, rounds: int) -> Outcome:
     (home / "config.toml").write_text(_CONNECTION.format(port=port, certificates=root_certificate))
     variables = here.variables(FLWR_HOME=str(home), FLWR_TELEMETRY_ENABLED="0")
     with ExitStack() as stack:
-        link = [here.command("flower-superlink"), *tls, "--host", "127.0.0.1", "--port", str(port)]
+        link = [
+            here.command("flower-superlink"),
+            "--disable-runtime-dependency-installation",
+            *tls,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         server = stack.enter_context(process(link, place / "superlink.log", variables))
         peak = stack.enter_context(peak_memory(lambda: descendants(server)))
         _await_tls(port, root_certificate)

@@ -23,19 +23,23 @@ from fsllm_common.errors import FsllmError
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Rows of your own, jsonl; else made ones.")
 @click.option("--fields", default="", help="How the file's fields are named, e.g. instruction=question,output=answer.")
 @click.option("--examples", type=int, help="Rows of a pass, about; 200 with the embedded model, else 64.")
+@click.option("--batch", type=int, help="Examples a step, about; 16 with the embedded model, else 8.")
 @click.option("--repetitions", default=3, show_default=True, help="Passes that count, after one that does not.")
 @click.option("--rounds", default=6, show_default=True, help="Of the federation that measures overheads; 0: none.")
 @click.option("--seed", default=0, show_default=True, help="Of the rows, the adapter and the order of the batches.")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="fp32", show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Of either trainer.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep logs and adapters in this folder.")
-@click.option("--docs", type=click.Path(path_type=Path), help="Write the section into this file, between its markers.")
+@click.option(
+    "--write", "docs", type=click.Path(path_type=Path), help="Write the section into this file, between its markers."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(
     model: Path | None,
     data: Path | None,
     fields: str,
     examples: int | None,
+    batch: int | None,
     repetitions: int,
     rounds: int,
     seed: int,
@@ -53,11 +57,13 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         try:
             model = model or settings.default_model()
+            small = model.resolve() == model_path()
             setting = settings.make(
                 model,
                 data,
                 folder,
-                examples=examples or (200 if model.resolve() == model_path() else 64),
+                examples=examples or (200 if small else 64),
+                batch=batch or (16 if small else 8),
                 passes=1 + repetitions,
                 seed=seed,
                 precision=precision,

@@ -77,7 +77,7 @@ def write_section(path: Path, setting: Setting, compared: Compared, overhead: Ov
     elif old.count(BEGIN) == old.count(END) == 1 and old.index(BEGIN) < old.index(END):
         new = old[: old.index(BEGIN)] + section + old[old.index(END) + len(END) :]
     else:
-        raise InputError("SETTING_INVALID", f"--docs: {path} must hold {BEGIN} and {END} once, in this order")
+        raise InputError("SETTING_INVALID", f"--write: {path} must hold {BEGIN} and {END} once, in this order")
     path.write_text(new, encoding="utf-8")
 
 

@@ -8,9 +8,10 @@ instructions 0.35, free-form instructions 0.8 and more.
 from random import Random
 from typing import Final, TypedDict
 
-_MEDIAN_EVENTS: Final = 5.0
+MOST_EVENTS: Final = 24
 _SPREAD: Final = 0.75
-_MOST_EVENTS: Final = 24
+_TAIL: Final = 5.0
+"""The longest day has so many times the median's events: 1.6 % of the days would be longer still."""
 
 _EVENTS: Final = (
     ("{} patients arrive from the emergency room.", 1),
@@ -30,14 +31,15 @@ class Row(TypedDict):
     output: str
 
 
-def make(count: int, seed: int) -> list[Row]:
-    """Return so many rows; the same for the same seed."""
+def make(count: int, seed: int, most_events: int = MOST_EVENTS) -> list[Row]:
+    """Return so many rows of at most so many events; the same for the same seed."""
     rng = Random(seed)  # noqa: S311  # rows to measure with, not a secret
-    return [_row(rng) for _ in range(count)]
+    median = most_events / _TAIL
+    return [row(max(1, min(most_events, round(median * rng.lognormvariate(0, _SPREAD)))), rng) for _ in range(count)]
 
 
-def _row(rng: Random) -> Row:
-    events = max(1, min(_MOST_EVENTS, round(_MEDIAN_EVENTS * rng.lognormvariate(0, _SPREAD))))
+def row(events: int, rng: Random) -> Row:
+    """Return a day of so many events."""
     patients = rng.randint(10, 60)
     told = [f"A ward has {patients} patients."]
     counted = []

@@ -20,8 +20,8 @@ from fsllm_common.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_EXAMPLES_A_STEP: Final = 8
-"""About: the plain Trainer's own default."""
+_FILL: Final = 0.9
+"""Of the longest sequence: room for the template."""
 
 _LEAST_STEPS: Final = 2
 
@@ -62,6 +62,7 @@ def make(
     folder: Path,
     *,
     examples: int,
+    batch: int,
     passes: int,
     seed: int,
     precision: str,
@@ -78,6 +79,7 @@ def make(
         data: A jsonl file to take rows from; generated ones when None.
         folder: For the files.
         examples: Rows to train on, about; a fifth more is held out.
+        batch: Examples a step, about.
         passes: Over the data, the warm-up included.
         seed: Of the rows, the adapter and the order of the batches.
         precision: bf16 or fp32.
@@ -94,21 +96,21 @@ def make(
     plan = _plan(seed, precision, min(512, settings["max_position_embeddings"]), fields or {})
     wanted = math.ceil(examples / (1 - plan.data.validation_fraction))
     lines = (
-        [json.dumps(row) for row in rows.make(wanted, seed)]
+        [json.dumps(row) for row in rows.make(wanted, seed, _most_events(tokenizer, plan.data.max_length))]
         if data is None
         else [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:wanted]
     )
     path = folder / "rows.jsonl"
     size: int | None = None
-    while len(lines) > _LEAST_STEPS * _EXAMPLES_A_STEP:
+    while len(lines) > _LEAST_STEPS * batch:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         loaded, sequences = _packed(path, plan, tokenizer)
         if size is None:
-            size = max(1, round(_EXAMPLES_A_STEP * len(sequences) / len(loaded.train)))
+            size = max(1, round(batch * len(sequences) / len(loaded.train)))
             plan = plan.model_copy(update={"train": plan.train.model_copy(update={"batch_size": size})})
         steps = len(sequences) // size
-        batch = math.ceil(len(loaded.train) / max(1, steps))
-        if len(sequences) % size == 0 and math.ceil(len(loaded.train) / batch) == steps:
+        share = math.ceil(len(loaded.train) / max(1, steps))
+        if len(sequences) % size == 0 and math.ceil(len(loaded.train) / share) == steps:
             lengths = [len(example) for example in loaded.train]
             return Setting(
                 model=model.resolve(),
@@ -120,12 +122,22 @@ def make(
                 answer_tokens=sum(example.answer_tokens for example in loaded.train),
                 tokens=sum(lengths),
                 packed_tokens=len(sequences) * plan.data.max_length,
-                padded_tokens=_padded(lengths, batch, seed),
+                padded_tokens=_padded(lengths, share, seed),
                 steps=steps,
-                examples_a_step=batch,
+                examples_a_step=share,
             )
         lines.pop()
     raise DataInvalid(f"{data}: {wanted} rows are wanted, and there are too few")
+
+
+def _most_events(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Return how many events the longest row may tell of, so that (nearly) none has to be cut."""
+
+    def tokens(events: int) -> int:
+        day = rows.row(events, Random(0))  # noqa: S311  # a specimen
+        return len(tokenizer(f"{day['instruction']} {day['input']} {day['output']}", verbose=False)["input_ids"])
+
+    return max((n for n in range(1, rows.MOST_EVENTS + 1) if tokens(n) <= _FILL * max_length), default=1)
 
 
 def _packed(path: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> tuple[SiteData, list[tuple[Any, ...]]]:

@@ -52,15 +52,15 @@ def _attend(
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
     rows = []
-    for row, bounds in enumerate(blocks):
+    # Split, not sliced: the gradient of each slice would be a whole tensor of zeros around it.
+    for bounds, mask, *row in zip(
+        blocks, *(torch.split(t, 1) for t in (attention_mask, query, key, value)), strict=True
+    ):
+        spans = list(pairwise(bounds))
+        sizes = [end - begin for begin, end in spans]
         parts = [
-            sdpa_attention_forward(
-                module,
-                *(tensor[row : row + 1, :, begin:end] for tensor in (query, key, value)),
-                attention_mask[row : row + 1, :, begin:end, begin:end],
-                **kwargs,
-            )[0]
-            for begin, end in pairwise(bounds)
+            sdpa_attention_forward(module, *part, mask[..., begin:end, begin:end], **kwargs)[0]
+            for (begin, end), *part in zip(spans, *(torch.split(t, sizes, dim=2) for t in row), strict=True)
         ]
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows), None
