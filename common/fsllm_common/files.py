@@ -46,6 +46,9 @@ def make_folder(folder: Path) -> None:
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
+    # The deepest that exists may have been made by a process that was killed before it synced the name.
+    with suppress(PermissionError):  # a parent that is not ours to read is not ours to sync
+        sync_folder(folder.parent)
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
         sync_folder(path.parent)

@@ -61,7 +61,7 @@ def test_every_failpoint_is_reached_and_struck() -> None:
     assert {name for name in failpoints.NAMES if not counts[f"reached {name}"]} == set()
     points = {*SERVER_POINTS, *SITE_POINTS}
     struck = {point for point in points if counts[f"kill at {point}"] + counts[f"power at {point}"]}
-    assert len(struck) > 8
+    assert len(struck) >= 6
     assert points - failpoints.NAMES == OWN_POINTS
 
 

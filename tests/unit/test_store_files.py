@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_BFLOAT16, ELEMENT_TYPE_FLOAT32, Manifest
 from fsllm_common.errors import FsllmError
+from fsllm_common.files import make_folder
 from fsllm_common.tensors.arrays import encode
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spool, Spools
@@ -293,3 +294,17 @@ async def test_rounds_that_nobody_knows_are_swept(tmp_path: Path) -> None:
         place for place in (("r", 1), ("r", 2), ("old", 1)) if spools.offset(place[0], place[1], "a", manifest.digest)
     ]
     assert kept == [("r", 2)]
+
+
+def test_a_folder_that_a_killed_process_made_is_synced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulation's seed 19: killed between mkdir and sync, then an acknowledged upload went with the power."""
+    (tmp_path / "run").mkdir()
+    synced: list[Path] = []
+    monkeypatch.setattr("fsllm_common.files.sync_folder", synced.append)
+    make_folder(tmp_path / "run" / "0" / "site")
+    assert synced == [tmp_path, tmp_path / "run", tmp_path / "run" / "0"]
+    synced.clear()
+    make_folder(tmp_path / "run" / "0" / "site")
+    assert synced == [tmp_path / "run" / "0"]
