@@ -29,6 +29,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``: pwrite alone may write less, e.g. just before the disk is full."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data = data[written:]
+        offset += written
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and removals in ``folder`` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -30,10 +30,10 @@ from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Run
 from fsllm_server.store.events import Entry
 from fsllm_server.store.files import shared
-from fsllm_server.store.folder import DATABASE
+from fsllm_server.store.folder import BLOBS, DATABASE, SPOOLS
 from fsllm_server.store.layout import RESTORING, demand_known, layout_of
 from fsllm_server.store.restored import RESTORED, Restoration
-from fsllm_server.store.spools import KEEP
+from fsllm_server.store.spools import KEEP, member_folder
 
 HEADER: Final = "backup.json"
 DIGESTS: Final = "digests.json"
@@ -72,12 +72,12 @@ def back_up(
         FsllmError: STATE_CORRUPT: the log names a file that is not there. STATE_NEWER. DISK_FULL.
 
     """
-    layout = layout_of(state) if (state / "spools").is_dir() else None
+    layout = layout_of(state) if (state / SPOOLS).is_dir() else None
     if layout is None or not database.exists():
         what = f"{state} holds no server's state" if layout is None else f"there is no database {database}"
         raise SettingsInvalid(f"--state-dir: {what}", cure="Name the folder with which the server runs.")
     demand_known(layout, f"state folder {state}")
-    with _fresh(target) as out, shared(state / "spools" / KEEP), _snapshot(database, target) as snapshot:
+    with _fresh(target) as out, shared(state / SPOOLS / KEEP), _snapshot(database, target) as snapshot:
         runs = _runs(snapshot)
         files = [(DATABASE, snapshot), *_secrets(state), *_payloads(state, runs)]
         made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -200,7 +200,7 @@ def _blobs(state: Path, run: Run) -> Iterator[tuple[Path, bool]]:
         if version is not None:
             for digest in (version.digest, version.master):
                 for name in ("manifest", "payload"):
-                    yield state / "blobs" / digest / name, True
+                    yield state / BLOBS / digest / name, True
 
 
 def _spools(state: Path, run: Run) -> Iterator[tuple[Path, bool]]:
@@ -208,7 +208,7 @@ def _spools(state: Path, run: Run) -> Iterator[tuple[Path, bool]]:
     kept = [(c.update, False) for commit in run.commits for c in commit.contributions]
     waiting = [] if run.status.ended else [(update, True) for update in run.updates.values()]
     for update, needed in [*kept, *waiting]:
-        payload = state / "spools" / run.id / str(update.round) / update.member / update.digest
+        payload = member_folder(state / SPOOLS, run.id, update.round, update.member) / update.digest
         yield payload, needed
         yield payload.with_suffix(".manifest"), needed
 

@@ -15,9 +15,10 @@ from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_BFLOAT16, ELEMENT_TYPE_FLOAT16, EL
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, decode, encode
 from fsllm_common.tensors.manifest import payload_digest
+from fsllm_server.reduce import Stopped
 from fsllm_server.reduce.blocks import uniform_type
 from fsllm_server.reduce.sink import Digests, Sink
-from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded, Stopped
+from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded
 from fsllm_server.reduce.sum import fold as fold_addends
 from fsllm_server.store.blobs import Blobs, StoredVersion
 
@@ -184,7 +185,9 @@ def test_a_truncated_upload_is_noticed(tmp_path: Path) -> None:
 def test_memory_and_open_files_grow_neither_with_the_payload_nor_with_the_number(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path / "blobs")
     small = stored(tmp_path, "small", {"w": np.ones(BLOCK, np.float32)})
-    fold(small, [(small, 0.5)] * 2, plus, BF16, blobs)
+    # Enough blocks that every lane and its thread have had their memory before it is measured.
+    warm = stored(tmp_path, "warm", {"w": np.ones(8 * BLOCK, np.float32)})
+    fold(warm, [(warm, 0.5)] * 2, plus, BF16, blobs)
     big = tmp_path / "big"
     block = np.ones(BLOCK, np.float32).tobytes()
     with big.open("wb") as file:

@@ -17,7 +17,7 @@ from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_client.link.channel import Link
 from fsllm_client.link.retry import until_done
 from fsllm_common.errors import Unavailable
-from fsllm_common.files import disk_errors
+from fsllm_common.files import disk_errors, write_all
 from fsllm_common.rpc_errors import error_from
 from fsllm_common.telemetry.metrics import ClientMetrics
 from fsllm_common.tensors.chunks import Piece, parse_download
@@ -137,9 +137,7 @@ class Partial:
         if self._hash is None or offset != self.offset or offset + len(data) > self.total:
             raise Unavailable("CHUNK_CORRUPT", f"A chunk at offset {offset}; {self.offset} was expected")
         with disk_errors(self.path.parent):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], offset + written)
+            write_all(self._file, data, offset)
         self._hash.update(data)
         self.offset += len(data)
 

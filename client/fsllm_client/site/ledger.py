@@ -21,7 +21,7 @@ from fsllm_client.site.policy import PlanNoise
 from fsllm_client.site.state import FILE_MODE
 from fsllm_common.errors import FsllmError
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, sync_folder
+from fsllm_common.files import disk_errors, sync_folder, write_all
 
 Accountant = Callable[[float, int, float], Awaitable[float]]
 """(noise multiplier, releases, delta) -> epsilon."""
@@ -116,9 +116,7 @@ class Ledger:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
             try:
                 os.ftruncate(descriptor, self._whole)
-                written = os.pwrite(descriptor, line, self._whole)
-                if written != len(line):
-                    written += os.pwrite(descriptor, line[written:], self._whole + written)
+                write_all(descriptor, memoryview(line), self._whole)
                 reach("ledger.sync")
                 os.fsync(descriptor)
                 reach("ledger.synced")

@@ -34,6 +34,7 @@ from fsllm_server.engine.reducing import reduce_updates
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Order, Run
 from fsllm_server.engine.watchers import Notices, Watchers
+from fsllm_server.reduce import Stopped
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.events import Entry, EventLog, RunRecord
 from fsllm_server.store.spools import Spools
@@ -242,8 +243,6 @@ class Runner:
         self.post(MemberIdle(at=self._outside.clock(), member=order.member, order_id=order.id))
 
     async def _reduce(self, effect: Reduce) -> None:
-        from fsllm_server.reduce.sum import Stopped
-
         outside = self._outside
 
         async def attempt() -> Event:

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from fsllm_server.engine.state import Run
-from fsllm_server.engine.verifying import Finding, Progress, Stopped, Verification
+from fsllm_server.engine.verifying import Finding, Progress, Verification
+from fsllm_server.reduce import Stopped
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.events import Entry
 from fsllm_server.store.spools import Spools

@@ -22,6 +22,7 @@ from fsllm_server.engine.manifests import links
 from fsllm_server.engine.reducing import installed_algorithm, open_updates, weigh
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Commit, Run, Update, Version
+from fsllm_server.reduce import Stopped
 from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.events import Entry
 from fsllm_server.store.spools import Spools
@@ -59,10 +60,6 @@ class Progress:
     round: int
     done: int
     total: int
-
-
-class Stopped(Exception):
-    """Nobody wants to know any more."""
 
 
 class Verification:
@@ -170,8 +167,8 @@ class Verification:
     def _recompute(
         self, run: Run, commit: Commit, base: Version | None, updates: Sequence[Update], found: list[str]
     ) -> str:
-        from fsllm_server.reduce import sum as reducer
         from fsllm_server.reduce.sink import Digests
+        from fsllm_server.reduce.sum import fold
 
         try:
             algorithm = installed_algorithm(run.plan.algorithm.name)(run.plan)
@@ -184,7 +181,7 @@ class Verification:
         tensors, addends = open_updates(run.id, updates, weights, self._spools)
         readings = len(updates) + 1
         try:
-            again = reducer.fold(
+            again = fold(
                 stored.manifest if stored is not None else tensors,
                 stored,
                 addends,
@@ -193,8 +190,6 @@ class Verification:
                 Digests(lambda written: self._advance(written * readings)),
                 stopped=self._stopped,
             )
-        except reducer.Stopped:
-            raise Stopped from None
         except FsllmError as error:
             found.append(f"it can not be recomputed: {error.message}")
             return ""

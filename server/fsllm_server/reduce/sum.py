@@ -24,6 +24,7 @@ from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
 from fsllm_common.tensors.manifest import byte_count, element_count
+from fsllm_server.reduce import Stopped
 from fsllm_server.reduce.blocks import BlockReader, blocks, scratch, uniform_type
 from fsllm_server.reduce.sink import Sink, Writer
 from fsllm_server.store.blobs import StoredVersion
@@ -59,10 +60,6 @@ class Folded:
     """float32."""
     published: StoredVersion
     """In the plan's wire type; the same blob when that is float32."""
-
-
-class Stopped(Exception):
-    """The fold was asked to stop; nothing of it is visible."""
 
 
 def fold(

@@ -16,9 +16,9 @@ from pathlib import Path
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, make_folder, sync_folder
+from fsllm_common.files import disk_errors, make_folder, sync_folder, write_all
 from fsllm_common.tensors.manifest import PayloadDigest
-from fsllm_server.store.files import demand_space, write_all
+from fsllm_server.store.files import demand_space
 
 _NEW = ".new-"
 

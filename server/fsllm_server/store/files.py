@@ -22,14 +22,6 @@ def demand_space(folder: Path, size: int) -> None:
         raise Unavailable("DISK_FULL", f"No space left for {folder}: {size} bytes needed, {free} free", retry_after=5.0)
 
 
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at ``offset``: pwrite alone may write less, e.g. just before the disk is full."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data = data[written:]
-        offset += written
-
-
 @contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
     """Lock a file, made when missing, against every other holder; yields False when there is one already."""

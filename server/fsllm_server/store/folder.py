@@ -14,6 +14,12 @@ from fsllm_server.store.layout import migrate
 DATABASE: Final = "fsllm.sqlite3"
 """In the folder, unless the settings name another database."""
 
+BLOBS: Final = "blobs"
+"""In the folder: versions."""
+
+SPOOLS: Final = "spools"
+"""In the folder: uploads."""
+
 
 class StateFolder:
     """A server's state folder, held under an exclusive lock until ``close``."""
@@ -53,12 +59,12 @@ class StateFolder:
     @property
     def blobs(self) -> Path:
         """Where versions lie."""
-        return self.root / "blobs"
+        return self.root / BLOBS
 
     @property
     def spools(self) -> Path:
         """Where uploads lie."""
-        return self.root / "spools"
+        return self.root / SPOOLS
 
     def close(self) -> None:
         """Release the lock."""

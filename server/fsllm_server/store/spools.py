@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Final
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, UpdateRejected
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, make_folder, write_atomic
+from fsllm_common.files import disk_errors, make_folder, write_all, write_atomic
 from fsllm_server.store.blobs import StoredVersion
-from fsllm_server.store.files import demand_space, exclusive, write_all
+from fsllm_server.store.files import demand_space, exclusive
 
 if TYPE_CHECKING:
     from fsllm_server.reduce.check import PayloadCheck
@@ -276,7 +276,12 @@ class Spools:
         return dropped
 
     def _folder(self, run: str, round: int, member: str) -> Path:  # noqa: A002
-        return self.folder / run / str(round) / member
+        return member_folder(self.folder, run, round, member)
+
+
+def member_folder(spools: Path, run: str, round: int, member: str) -> Path:  # noqa: A002
+    """Return where a member's uploads for a round lie."""
+    return spools / run / str(round) / member
 
 
 def _folders(parent: Path) -> list[Path]:
