@@ -13,7 +13,7 @@ import click
 
 from fsllm_client.settings import ClientSettings, DoctorSettings, SiteSettings
 from fsllm_client.site.state import StateFolder
-from fsllm_common import __version__
+from fsllm_common import __version__, process
 from fsllm_common.errors import Exit
 from fsllm_common.failure import FailureGroup
 from fsllm_common.settings import settings_options
@@ -66,9 +66,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(ClientSettings)
 def start(settings: ClientSettings) -> None:
     """Run the daemon; the command name may be left out."""
-    # gRPC's own lines (one a failed handshake) are no JSON, and name no cause.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    os.umask(0o077)  # whatever the daemon and its trainer write is their own
+    process.prepare()
     # The daemon's imports (gRPC, metrics) are not for the small commands.
     from fsllm_client.daemon import Daemon
     from fsllm_client.reporting import Silent, Terminal

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 from click.core import ParameterSource
 
-from fsllm_common import __version__
+from fsllm_common import __version__, process
 from fsllm_common.errors import Exit, SettingsInvalid
 from fsllm_common.failure import FailureGroup
 from fsllm_common.settings import settings_options
@@ -156,9 +156,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _run(settings: ServerSettings) -> None:
-    # The core's own lines (one a failed handshake) are no JSON and name no cause that the peer is not told.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    os.umask(0o077)  # whatever it writes is its own
+    process.prepare()
     import asyncio
 
     from fsllm_common.plan.load import plan_from_file

@@ -1,0 +1,16 @@
+"""What a daemon sets for its own process, before it loads anything."""
+
+import os
+
+
+def prepare() -> None:
+    """Make files private, native libraries quiet, and linear algebra single-threaded.
+
+    Settings of the environment outrank all but the first.
+    """
+    os.umask(0o077)  # whatever the daemon and its children write is their own
+    # The core's own lines (one a failed handshake) are no JSON and name no cause that the peer is not told.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # numpy's OpenBLAS takes every core for a dot product of 1 MiB, and its threads spin between two of them: a round
+    # cost the server twice the processor time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
