@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,12 +25,27 @@ class Federation:
     """What is running, and where."""
 
     folder: Path
-    """Removed at the end."""
+    """Holds all that follows, and ``logs``."""
     state: Path
     """The server's state folder."""
     port: int
     pid: int
     """The server's."""
+    daemons: Daemons = field(repr=False)
+
+    def log(self, name: str) -> Path:
+        """Return the log of a site, or of the ``server``."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def start_site(
+        self, name: str, data: Path, *options: str, models: Mapping[str, Path] = MappingProxyType({})
+    ) -> None:
+        """Invite a site and start its daemon, whose policy allows ``models`` (folders by the plan's name)."""
+        join = self.folder / f"{name}.join"
+        self.fsllm("site", "invite", name, "--host", "localhost", "-o", str(join))
+        self.daemons.start(
+            name, [*site_command(self.port, data, join, self.folder / name, models), "--metrics-port", "0", *options]
+        )
 
     def fsllm(self, *arguments: str) -> str:
         """Run the operator's command and return what it printed."""
@@ -89,28 +105,44 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def site_command(port: int, data: Path, join: Path, state: Path, models: Mapping[str, Path]) -> list[str]:
+    """Write the policy of a site of this host, and return the command that starts its daemon."""
+    state.mkdir(parents=True, mode=0o700)
+    policy = state / "policy.toml"
+    policy.write_text("[models]\n" + "".join(f"{name} = {json.dumps(str(path))}\n" for name, path in models.items()))
+    return [
+        command("fsllm-client"),
+        *("--server", f"localhost:{port}", "--data", str(data), "--join", str(join)),
+        *("--state-dir", str(state), "--policy", str(policy)),
+    ]
+
+
+def start_server(daemons: Daemons, state: Path, *options: str) -> tuple[int, int]:
+    """Start a server on free ports and return its pid and its port, once it serves.
+
+    Raises:
+        Unavailable: It did not start.
+
+    """
+    arguments = ["--port", "0", "--metrics-port", "0", "--state-dir", str(state), *options]
+    pid = daemons.start("server", [command("fsllm-server"), *arguments], await_ready=True)
+    return pid, json.loads((state / "server.json").read_text())["port"]
+
+
+@contextmanager
+def served(folder: Path, *server_options: str) -> Iterator[Federation]:
+    """Start a server whose state lies in ``folder``; end it, and the sites that were started, with the block."""
+    with Daemons(folder / "logs", daemon_environment()) as daemons:
+        pid, port = start_server(daemons, folder / "server", *server_options)
+        yield Federation(folder, folder / "server", port, pid, daemons)
+
+
 @contextmanager
 def federation(sites: int, *server_options: str) -> Iterator[Federation]:
-    """Start a server and so many sites; end and remove them with the block."""
-    with tempfile.TemporaryDirectory(prefix="fsllm-bench-") as name:
-        folder = Path(name)
-        state = folder / "server"
-        with Daemons(folder / "logs", daemon_environment()) as daemons:
-            options = ["--port", "0", "--metrics-port", "0", "--state-dir", str(state), *server_options]
-            pid = daemons.start("server", [command("fsllm-server"), *options], await_ready=True)
-            port: int = json.loads((state / "server.json").read_text())["port"]
-            here = Federation(folder, state, port, pid)
-            data = folder / "data"
-            data.mkdir()
-            for number in range(sites):
-                join = folder / f"site-{number}.join"
-                here.fsllm("site", "invite", f"site-{number}", "--host", "localhost", "-o", str(join))
-                daemons.start(
-                    f"site-{number}",
-                    [
-                        command("fsllm-client"),
-                        *("--server", f"localhost:{port}", "--data", str(data), "--join", str(join)),
-                        *("--state-dir", str(folder / f"site-{number}"), "--metrics-port", "0"),
-                    ],
-                )
-            yield here
+    """Start a server and so many sites without data; end and remove them with the block."""
+    with tempfile.TemporaryDirectory(prefix="fsllm-bench-") as name, served(Path(name), *server_options) as here:
+        data = here.folder / "data"
+        data.mkdir()
+        for number in range(sites):
+            here.start_site(f"site-{number}", data)
+        yield here

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from tests.system import runs
+
 
 def rows(site: int) -> Iterator[dict[str, str]]:
     """Return a site's data: of no use to the noop algorithm, enough for a few steps of another."""
@@ -29,13 +31,4 @@ def train_plan(names: list[str], rounds: int) -> dict[str, Any]:
 
 
 def _plan(names: list[str], rounds: int) -> dict[str, Any]:
-    return {
-        "name": "chaos",
-        "seed": 5,
-        "rounds": rounds,
-        "model": {"name": "synthetic"},
-        "cohort": {"quorum": len(names), "sites": names},
-        "timing": {"gather_seconds": 0.01},
-        "wire": {"element_type": "fp32"},
-        "evaluate": {"every": 0},
-    }
+    return runs.noop_plan(*names, name="chaos", seed=5, rounds=rounds)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from tests.system.harness import CALL_SECONDS, ServerProcess, meaning_of, reason_of
 from tests.system.peer import Peer, Stream, Tensors, join_all
-from tests.system.runs import submit
+from tests.system.runs import noop_plan, submit
 
 from fsllm.v1 import control_pb2 as control
 from fsllm.v1 import federation_pb2 as pb
@@ -69,20 +69,6 @@ def serves(server: ServerProcess) -> Callable[[], None]:
 
 def member(server: ServerProcess, role: str = "site") -> Credential:
     return server.enroll(f"{role}-{uuid4().hex[:8]}", role)
-
-
-def plan(*sites: str, **keys: object) -> dict[str, object]:
-    return {
-        "name": f"run-{uuid4().hex[:8]}",
-        "rounds": 1,
-        "model": {"name": "synthetic"},
-        "algorithm": {"name": "noop"},
-        "cohort": {"quorum": len(sites), "sites": sites},
-        "timing": {"gather_seconds": 0.01},
-        "wire": {"element_type": "fp32"},
-        "evaluate": {"every": 0},
-        **keys,
-    }
 
 
 def events(server: ServerProcess, run: str) -> list[control.WatchRunResponse]:
@@ -256,7 +242,7 @@ def test_hundreds_of_streams_of_one_site(server: ServerProcess, serves: Callable
 def test_calls_that_end_make_room(server: ServerProcess) -> None:
     """Those that are cancelled, refused, or abandoned with their connection too."""
     credential = member(server, "operator")
-    run = submit(server, plan("nobody"))
+    run = submit(server, noop_plan("nobody"))
     watch, unknown = control.WatchRunRequest(run_id=run), control.GetRunRequest(run_id="unknown")
     for _ in range(3):
         with server.channel(credential) as channel:
@@ -279,7 +265,7 @@ def test_calls_that_end_make_room(server: ServerProcess) -> None:
 def test_a_flood_of_calls(server: ServerProcess, serves: Callable[[], None]) -> None:
     """A site that attaches again and again is stopped before it has filled the log of a run."""
     credential = member(server)
-    run = submit(server, plan(credential.member.name))
+    run = submit(server, noop_plan(credential.member.name))
     peer = Peer(server, credential)
     attached = 0
     with pytest.raises(grpc.RpcError) as refused:  # noqa: PT012 - any of many
@@ -300,7 +286,7 @@ def test_a_flood_of_calls(server: ServerProcess, serves: Callable[[], None]) -> 
 def flooding(server: ServerProcess, tmp_path: Path) -> tuple[Peer, pb.Order, Stream]:
     """A site with a TRAIN order, and its stream."""
     peer = Peer(server, member(server))
-    submit(server, plan(peer.name))
+    submit(server, noop_plan(peer.name))
     order = peer.join(Tensors.make(tmp_path, 0.5, elements=100))
     assert peer.stream is not None
     return peer, order, peer.stream
@@ -374,7 +360,7 @@ EVIL = (
 def test_words_that_would_write_lines_and_drive_terminals(tmp_path: Path, style: str) -> None:
     with ServerProcess(tmp_path / "server", "--log-format", style, "--log-level", "debug") as server:
         peer = Peer(server, server.enroll("mallory"))
-        run = submit(server, plan("mallory"))
+        run = submit(server, noop_plan("mallory"))
         peer.attach()
         peer.answer(peer.order(), declined=pb.Declined(reason="POLICY_REFUSED", message=EVIL * 100))
         line = server.await_log("declines")
@@ -441,7 +427,7 @@ def test_an_upload_that_trickles_loses_its_slot_and_goes_on_where_it_stood(
     server: ServerProcess, tmp_path: Path
 ) -> None:
     trickler, other = sorted((Peer(server, member(server)) for _ in range(2)), key=lambda peer: peer.name)
-    run = submit(server, plan(trickler.name, other.name))
+    run = submit(server, noop_plan(trickler.name, other.name))
     zero = Tensors.make(tmp_path, 0.5, elements=10 * MIB // 4)
     delta = Tensors.make(tmp_path, 1.0, elements=10 * MIB // 4)
     order, others = join_all([trickler, other], zero)
@@ -477,7 +463,7 @@ def test_an_upload_that_trickles_loses_its_slot_and_goes_on_where_it_stood(
 def test_readers_that_do_not_read(server: ServerProcess, serves: Callable[[], None], tmp_path: Path) -> None:
     """Downloads of 48 MiB that stop after the manifest: the server holds a window each, and then lets go."""
     peer = Peer(server, member(server))
-    run = submit(server, plan(peer.name))
+    run = submit(server, noop_plan(peer.name))
     zero = Tensors.make(tmp_path, 0.5, elements=48 * MIB // 4)
     order = peer.join(zero)
     process = psutil.Process(server.process.pid)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from tests.system.harness import CALL_SECONDS, ServerProcess, meaning_of, reason_of
 from tests.system.peer import Peer, Tensors, join_all
-from tests.system.runs import submit
+from tests.system.runs import noop_plan, submit
 
 from fsllm.v1 import control_pb2 as control
 from fsllm.v1 import federation_pb2 as pb
@@ -50,18 +50,7 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
 
 
 def start(server: ServerProcess, *sites: str, **keys: Any) -> str:  # noqa: ANN401 - plan sections
-    plan = {
-        "name": f"run-{uuid4().hex[:8]}",
-        "rounds": 1,
-        "model": {"name": "synthetic"},
-        "algorithm": {"name": "noop"},
-        "cohort": {"quorum": len(sites), "sites": sites},
-        "timing": {"gather_seconds": 0.01},
-        "wire": {"element_type": "fp32"},
-        "evaluate": {"every": 0},
-        **keys,
-    }
-    return submit(server, plan)
+    return submit(server, noop_plan(*sites, **keys))
 
 
 def site(server: ServerProcess) -> Peer:

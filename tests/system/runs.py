@@ -16,19 +16,24 @@ from fsllm_client.site.synthetic import delta_value
 RUN_SECONDS = 120.0
 
 
-def plan_for(*sites: SiteProcess, **keys: object) -> dict[str, object]:
+def noop_plan(*names: str, **keys: object) -> dict[str, object]:
+    """Return the plan of a run of these sites that trains nothing: one round, unless ``keys`` say otherwise."""
     return {
         "name": f"run-{uuid4().hex[:8]}",
-        "seed": 11,
-        "rounds": 3,
+        "rounds": 1,
         "model": {"name": "synthetic"},
-        "algorithm": {"name": "noop", "weighting": "uniform", "synthetic": {"tensors": 5, "mebibytes": 2.5}},
-        "cohort": {"quorum": len(sites), "sites": sorted(site.name for site in sites)},
+        "algorithm": {"name": "noop"},
+        "cohort": {"quorum": len(names), "sites": sorted(names)},
         "timing": {"gather_seconds": 0.01},
         "wire": {"element_type": "fp32"},
         "evaluate": {"every": 0},
         **keys,
     }
+
+
+def plan_for(*sites: SiteProcess, **keys: object) -> dict[str, object]:
+    algorithm = {"name": "noop", "weighting": "uniform", "synthetic": {"tensors": 5, "mebibytes": 2.5}}
+    return noop_plan(*(site.name for site in sites), **{"seed": 11, "rounds": 3, "algorithm": algorithm, **keys})
 
 
 def submit(server: ServerProcess, plan: dict[str, object]) -> str:

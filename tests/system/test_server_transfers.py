@@ -1,6 +1,5 @@
 """Uploads and downloads over the wire: what is recorded, what is refused, and that a broken one goes on."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from uuid import uuid4
 import grpc
 import numpy as np
 import pytest
+from tests.system import runs
 from tests.system.harness import CALL_SECONDS, ServerProcess, meaning_of, reason_of
 from tests.system.peer import Peer, Tensors, join_all, read_payload
 
@@ -33,21 +33,9 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
     return Tensors.make(tmp_path_factory.mktemp("zero"), 0.5, config='{"peft_type": "LORA"}')
 
 
-def submit(server: ServerProcess, *sites: str, rounds: int = 1, **plan: object) -> str:
+def submit(server: ServerProcess, *sites: str, **keys: object) -> str:
     """Start a run of these sites that trains nothing."""
-    whole = {
-        "name": f"run-{uuid4().hex[:8]}",
-        "rounds": rounds,
-        "model": {"name": "synthetic"},
-        "algorithm": {"name": "noop"},
-        "cohort": {"quorum": len(sites), "sites": sites},
-        "timing": {"gather_seconds": 0.01},
-        "wire": {"element_type": "fp32"},
-        "evaluate": {"every": 0, "metrics": []},
-        **plan,
-    }
-    request = control.SubmitRunRequest(plan=json.dumps(whole).encode(), request_id=uuid4().hex)
-    return server.control().SubmitRun(request, timeout=CALL_SECONDS).run.run_id
+    return runs.submit(server, runs.noop_plan(*sites, **keys))
 
 
 def site(server: ServerProcess) -> Peer:

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from control_harness import connected, credential
 from safetensors.numpy import load_file
 
 from fsllm.v1 import control_pb2_grpc
@@ -29,9 +28,6 @@ from fsllm.v1.federation_pb2 import Metric, Version
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_BFLOAT16, Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.identity.authority import CertificateAuthority
-from fsllm_common.identity.credentials import server_credentials
-from fsllm_common.identity.keys import Credential, accept_chain, make_key, make_request
-from fsllm_common.identity.names import Member, Role
 from fsllm_common.plan import canonical_json, plan_from_json
 from fsllm_common.tensors.arrays import encode
 from fsllm_common.tensors.chunks import CHUNK, read_chunks
@@ -82,14 +78,6 @@ class Server(control_pb2_grpc.ControlServiceServicer):
         return GetServerResponse(software_version="9.9.9")
 
 
-def credential(authority: CertificateAuthority, hosts: list[str] | None = None) -> Credential:
-    key = make_key()
-    request = make_request(key)
-    member = Member("fed", Role.OPERATOR, "op")
-    chain = authority.issue_server(request, hosts) if hosts else authority.issue(request, member, timedelta(hours=1))
-    return accept_chain(key, chain, authority.pem)
-
-
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """About 2.5 chunks in bf16, of values that bf16 holds exactly."""
@@ -110,15 +98,8 @@ def server(tmp_path: Path, arrays: dict[str, Any]) -> Server:
 
 @pytest.fixture
 def connection(tmp_path: Path, server: Server) -> Iterator[Connection]:
-    authority = CertificateAuthority.create(tmp_path / "authority", "fed")
-    serving = grpc.server(ThreadPoolExecutor(2))
-    control_pb2_grpc.add_ControlServiceServicer_to_server(server, serving)
-    own = credential(authority, ["localhost"])
-    port = serving.add_secure_port("localhost:0", server_credentials(lambda: own))
-    serving.start()
-    with Connection(f"localhost:{port}", credential(authority)) as connected:
-        yield connected
-    serving.stop(None).wait()
+    with connected(tmp_path, server) as connection:
+        yield connection
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """`fsllm run verify` against a server that says all is well when it is not: what can be seen from outside is seen."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from control_harness import connected
 
 from fsllm.v1 import control_pb2_grpc
 from fsllm.v1.control_pb2 import (
@@ -27,10 +26,6 @@ from fsllm.v1.control_pb2 import (
 )
 from fsllm.v1.federation_pb2 import Version
 from fsllm_common.errors import FsllmError
-from fsllm_common.identity.authority import CertificateAuthority
-from fsllm_common.identity.credentials import server_credentials
-from fsllm_common.identity.keys import Credential, accept_chain, make_key, make_request
-from fsllm_common.identity.names import Member, Role
 from fsllm_common.round_manifest import FORMAT, digest, encode
 from fsllm_operator.connection import Connection
 from fsllm_operator.export import check_history
@@ -74,14 +69,6 @@ class Server(control_pb2_grpc.ControlServiceServicer):
                 yield VerifyRunResponse(finding=finding)
 
 
-def credential(authority: CertificateAuthority, hosts: list[str] | None = None) -> Credential:
-    key = make_key()
-    request = make_request(key)
-    member = Member("fed", Role.OPERATOR, "op")
-    chain = authority.issue_server(request, hosts) if hosts else authority.issue(request, member, timedelta(hours=1))
-    return accept_chain(key, chain, authority.pem)
-
-
 @pytest.fixture
 def server() -> Server:
     return Server()
@@ -89,15 +76,8 @@ def server() -> Server:
 
 @pytest.fixture
 def connection(tmp_path: Path, server: Server) -> Iterator[Connection]:
-    authority = CertificateAuthority.create(tmp_path / "authority", "fed")
-    serving = grpc.server(ThreadPoolExecutor(2))
-    control_pb2_grpc.add_ControlServiceServicer_to_server(server, serving)
-    own = credential(authority, ["localhost"])
-    port = serving.add_secure_port("localhost:0", server_credentials(lambda: own))
-    serving.start()
-    with Connection(f"localhost:{port}", credential(authority)) as connected:
-        yield connected
-    serving.stop(None).wait()
+    with connected(tmp_path, server) as connection:
+        yield connection
 
 
 def run() -> Run:

@@ -16,6 +16,7 @@ from rich.console import Console
 from fsllm_bench.daemons import Daemons, command, daemon_environment
 from fsllm_bench.demo import data, plans, results
 from fsllm_bench.embedded import model_path
+from fsllm_bench.federation import site_command, start_server
 from fsllm_common.errors import Exit, FsllmError, InputError, ModelUnusable, Unavailable
 
 _EPILOG = """\b
@@ -163,12 +164,7 @@ def _run(
     ):
         state = (out / "server").resolve()
         console.print(f"[bold]$ fsllm-server --port 0 --state-dir {out / 'server'}[/bold]")
-        daemons.start(
-            "server",
-            [command("fsllm-server"), "--port", "0", "--metrics-port", "0", "--state-dir", str(state)],
-            await_ready=True,
-        )
-        port = json.loads((state / "server.json").read_text())["port"]
+        _, port = start_server(daemons, state)
         operator = _Operator(console, state)
         for name, path in members.items():
             join = Path(secrets) / f"{name}.join"
@@ -208,21 +204,11 @@ def _start_site(
     # The sites train side by side; the evaluator measures while most of them wait for it.
     cores = os.cpu_count() or 1
     threads = cores if name == plans.EVALUATOR else max(1, cores // len(data.SITES))
-    state = (out / "sites" / name).resolve()
-    state.mkdir(parents=True, mode=0o700)
-    policy = state / "policy.toml"
-    policy.write_text("[models]\n" + "".join(f"{key} = {json.dumps(str(value))}\n" for key, value in models.items()))
+    arguments = site_command(port, path, join, (out / "sites" / name).resolve(), models)
     console.print(
         f"[bold]$ fsllm-client --server localhost:{port} --data {path.name} --join {name}.join[/bold]", soft_wrap=True
     )
-    daemons.start(
-        name,
-        [
-            command("fsllm-client"),
-            *("--server", f"localhost:{port}", "--data", str(path), "--join", str(join)),
-            *("--state-dir", str(state), "--policy", str(policy), "--trainer-threads", str(threads)),
-        ],
-    )
+    daemons.start(name, [*arguments, "--trainer-threads", str(threads)])
 
 
 def _report(

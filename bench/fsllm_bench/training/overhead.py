@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import urllib.request
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 import yaml
 
-from fsllm_bench.daemons import Daemons, command, daemon_environment
+from fsllm_bench.federation import served
 from fsllm_bench.training.setting import Setting
 from fsllm_common.errors import TrainingFailed
 from fsllm_common.plan import canonical_json
@@ -46,21 +45,16 @@ def measure(setting: Setting, rounds: int) -> Overhead:
     """Run a federation on the setting's model and rows."""
     folder = setting.folder / "federation"
     folder.mkdir()
-    state = folder / "server"
-    with Daemons(folder / "logs", daemon_environment()) as daemons:
-        daemons.start(
-            "server",
-            [command("fsllm-server"), "--port", "0", "--metrics-port", "0", "--state-dir", str(state)],
-            await_ready=True,
-        )
-        port = json.loads((state / "server.json").read_text())["port"]
+    threads = max(1, (os.cpu_count() or 1) // len(_SITES))
+    with served(folder) as here:
         for name in _SITES:
-            _start_site(daemons, folder, name, port, setting)
+            options = ("--log-format", "json", "--trainer-threads", str(threads))
+            here.start_site(name, setting.data, *options, models={"model": setting.model})
         plan = folder / "plan.yaml"
         plan.write_text(yaml.safe_dump(_plan(setting, rounds)))
-        _fsllm(state, "run", "submit", str(plan), "--watch")
-        run: dict[str, Any] = json.loads(_fsllm(state, "run", "show", "overhead", "--json"))
-        logs = {name: _lines(folder / "logs" / f"{name}.log") for name in _SITES}
+        here.fsllm("run", "submit", str(plan), "--watch")
+        run: dict[str, Any] = json.loads(here.fsllm("run", "show", "overhead", "--json"))
+        logs = {name: _lines(here.log(name)) for name in _SITES}
         pages = [_metrics(lines) for lines in logs.values()]
     commits = {commit["round"]: datetime.fromisoformat(commit["at"]) for commit in run["commits"]}
     start, finish = [], []
@@ -95,24 +89,6 @@ def _plan(setting: Setting, rounds: int) -> dict[str, Any]:
     return plan
 
 
-def _start_site(daemons: Daemons, folder: Path, name: str, port: int, setting: Setting) -> None:
-    join = folder / f"{name}.join"
-    _fsllm(folder / "server", "site", "invite", name, "--host", "localhost", "-o", str(join))
-    state = folder / name
-    state.mkdir(mode=0o700)
-    policy = state / "policy.toml"
-    policy.write_text(f"[models]\nmodel = {json.dumps(str(setting.model))}\n")
-    daemons.start(
-        name,
-        [
-            command("fsllm-client"),
-            *("--server", f"localhost:{port}", "--data", str(setting.data), "--join", str(join)),
-            *("--state-dir", str(state), "--policy", str(policy), "--log-format", "json", "--metrics-port", "0"),
-            *("--trainer-threads", str(max(1, (os.cpu_count() or 1) // len(_SITES)))),
-        ],
-    )
-
-
 def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
 
@@ -124,16 +100,3 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, int]:
         text = page.read().decode()
     pairs = (line.split(" ") for line in text.splitlines() if not line.startswith("#") and "{" not in line)
     return {name: int(float(value)) for name, value in pairs}
-
-
-def _fsllm(state: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [command("fsllm"), *arguments],
-        env=daemon_environment() | {"FSLLM_STATE_DIR": str(state), "HOME": str(state.parent)},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise TrainingFailed("INTERNAL", f"fsllm {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
