@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from fsllm_common.errors import Unavailable
 from fsllm_common.failpoints import reach
@@ -35,6 +36,19 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
         written = os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset += written
+
+
+_STRIDE: Final = 4 << 20
+
+
+def write_behind(descriptor: int, end: int) -> None:
+    """Let the disk begin on what was just written up to ``end``, so that the sync at the end has little left to do.
+
+    Call it after each write of a file that is written in order, in pieces that divide 4 MiB. On Linux, advising that
+    pages are not needed starts to write those that are dirty, and drops only those that are not.
+    """
+    if end % _STRIDE == 0:
+        os.posix_fadvise(descriptor, end - _STRIDE, _STRIDE, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:

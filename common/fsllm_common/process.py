@@ -2,9 +2,11 @@
 
 import os
 
+from fsllm_common.memory import limit_heaps
+
 
 def prepare() -> None:
-    """Make files private, native libraries quiet, and linear algebra single-threaded.
+    """Make files private, native libraries quiet, linear algebra single-threaded, and the heaps few.
 
     Settings of the environment outrank all but the first.
     """
@@ -14,3 +16,4 @@ def prepare() -> None:
     # numpy's OpenBLAS takes every core for a dot product of 1 MiB, and its threads spin between two of them: a round
     # cost the server twice the processor time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    limit_heaps()

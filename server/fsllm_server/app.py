@@ -33,12 +33,13 @@ from fsllm_server.service.attach import Attachments
 from fsllm_server.service.boundary import Boundary
 from fsllm_server.service.control import ControlService
 from fsllm_server.service.disk_quota import DiskQuota
+from fsllm_server.service.downloads import Downloads
 from fsllm_server.service.enrollment import EnrollmentService
 from fsllm_server.service.federation import FederationService
 from fsllm_server.service.guard import Calls, Guard
 from fsllm_server.service.pace import PaceLimits
 from fsllm_server.service.rates import CallRate
-from fsllm_server.service.transfers import Uploads
+from fsllm_server.service.uploads import Uploads
 from fsllm_server.settings import ServerSettings
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.database import Database
@@ -108,6 +109,7 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         pace = PaceLimits(settings.upload_stall_seconds, settings.transfer_least_rate)
         quota = DiskQuota(state.spools, settings.member_disk_bytes)
         uploads = Uploads(engine, spools, settings.uploads_at_once, pace, quota, metrics)
+        downloads = Downloads(engine, settings.chunks_at_once, pace, metrics)
         healthy = health.aio.HealthServicer()
         control = ControlService(
             settings, engine, attachments, calls, members, invites, authority, certificates, federation
@@ -119,7 +121,7 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         main = grpc.aio.server(
             interceptors=[Guard(federation, members, calls, rate, metrics)], options=(*options, connections)
         )
-        sites = FederationService(engine, attachments, uploads, members, authority, settings.life_of, pace, metrics)
+        sites = FederationService(engine, attachments, downloads, uploads, members, authority, settings.life_of)
         sites.add_to(main)
         control.add_to(main)
         health_pb2_grpc.add_HealthServicer_to_server(healthy, main)

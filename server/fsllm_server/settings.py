@@ -54,6 +54,11 @@ class ServerSettings(Settings):
     uploads_at_once: PositiveInt = Field(
         default=4, description="Uploads that proceed at a time; the others queue. Each takes about 30 MiB of memory."
     )
+    chunks_at_once: PositiveInt = Field(
+        default=16,
+        description="Chunks of 1 MiB that are on their way to members at a time, one a member; downloads take turns. "
+        "Each takes about 3 MiB of memory.",
+    )
     upload_stall_seconds: PositiveFloat = Field(
         default=60,
         description="An upload or download whose next chunk of 1 MiB takes longer loses its slot; it may come again.",

@@ -461,7 +461,7 @@ def test_an_upload_that_trickles_loses_its_slot_and_goes_on_where_it_stood(
 
 
 def test_readers_that_do_not_read(server: ServerProcess, serves: Callable[[], None], tmp_path: Path) -> None:
-    """Downloads of 48 MiB that stop after the manifest: the server holds a window each, and then lets go."""
+    """Downloads of 48 MiB that stop after the manifest: the server holds one chunk for them all, and then lets go."""
     peer = Peer(server, member(server))
     run = submit(server, noop_plan(peer.name))
     zero = Tensors.make(tmp_path, 0.5, elements=48 * MIB // 4)
@@ -475,26 +475,16 @@ def test_readers_that_do_not_read(server: ServerProcess, serves: Callable[[], No
     )
     request = pb.DownloadRequest(run_id=run, digest=order.base.digest)
 
-    def begin() -> list[Any]:
-        calls = [fetch(request, timeout=PATIENCE) for _ in range(CALLS - 1)]  # besides Attach
-        for call in calls:
-            next(call)
-        return calls
-
-    calls = begin()
+    calls = [fetch(request, timeout=PATIENCE)]
+    next(calls[0])
+    calls += [fetch(request, timeout=PATIENCE) for _ in range(CALLS - 2)]  # besides Attach
     serves()
-    assert process.memory_info().rss - before < CALLS * 6 * MIB
-    # What they do not read stays theirs: they get no more of the server.
+    assert process.memory_info().rss - before < 16 * MIB
     threading.Event().wait(STALL + 0.5)
-    with pytest.raises(grpc.RpcError) as refused:
-        peer.download(order.base, run)
-    error = meaning_of(refused.value)
-    assert (error.reason, error.retry_after) == ("QUOTA_EXCEEDED", 2.0)
-    serves()
     # Whoever reads on comes to the reason.
+    with pytest.raises(grpc.RpcError) as ended:
+        list(calls[0])
+    assert reason_of(ended.value) == "SITE_IDLE"
     for call in calls:
-        with pytest.raises(grpc.RpcError) as ended:
-            list(call)
-        assert reason_of(ended.value) == "SITE_IDLE"
-    manifest, payload = peer.download(order.base, run)
-    assert (manifest, payload) == (zero.manifest, zero.payload)
+        call.cancel()
+    assert peer.download(order.base, run) == (zero.manifest, zero.payload)

@@ -30,8 +30,6 @@ _CHUNK_FIELD: Final = 0x12  # field 2, length-delimited
 _OFFSET: Final = 0x08  # field 1, varint
 _CRC: Final = 0x15  # field 2, fixed32
 _DATA: Final = 0x1A  # field 3, length-delimited
-_HEAD_ROOM: Final = 32
-"""Bytes in front of a chunk's data that its head fits in: two tags with lengths, the offset, the checksum."""
 _MAX_UINT64: Final = (1 << 64) - 1
 
 Envelope = TypeVar("Envelope", UploadRequest, DownloadResponse, ExportRunResponse)
@@ -46,11 +44,6 @@ class Piece(NamedTuple):
 
 def frame_chunk(offset: int, data: bytes | memoryview) -> bytes:
     """Return the serialised message whose field 2 is Chunk(offset, crc32c of data, data)."""
-    return b"".join((_head(offset, data), data))
-
-
-def _head(offset: int, data: bytes | memoryview) -> bytes:
-    """Return what stands in front of the data in the frame."""
     checksum = crc32c(data)
     inner = b"".join(
         (
@@ -59,7 +52,7 @@ def _head(offset: int, data: bytes | memoryview) -> bytes:
             bytes((_DATA,)) + _varint(len(data)) if len(data) else b"",
         )
     )
-    return b"".join((bytes((_CHUNK_FIELD,)), _varint(len(inner) + len(data)), inner))
+    return b"".join((bytes((_CHUNK_FIELD,)), _varint(len(inner) + len(data)), inner, data))
 
 
 def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
@@ -69,26 +62,26 @@ def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
         FsllmError: OFFSET_OUT_OF_RANGE.
 
     """
-    # Read behind the place of the head: what gRPC gets is the only copy made of what the page cache gave.
-    frame = memoryview(bytearray(_HEAD_ROOM + CHUNK))
     descriptor = os.open(payload, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         if not 0 <= offset <= size:
             raise FsllmError("OFFSET_OUT_OF_RANGE", f"Offset {offset} lies outside the payload of {size} bytes")
         while offset < size:
-            got = os.preadv(descriptor, [frame[_HEAD_ROOM : _HEAD_ROOM + min(CHUNK, size - offset)]], offset)
-            if not got:
-                raise FsllmError(
-                    "STATE_CORRUPT", f"{payload} became shorter while it was sent: {offset} of {size} bytes"
-                )
-            head = _head(offset, frame[_HEAD_ROOM : _HEAD_ROOM + got])
-            begin = _HEAD_ROOM - len(head)
-            frame[begin:_HEAD_ROOM] = head
-            yield bytes(frame[begin : _HEAD_ROOM + got])
-            offset += got
+            # Nothing but the frame is kept while the receiver takes its time: there may be many of them.
+            yield _frame_at(payload, descriptor, offset, min(CHUNK, size - offset))
+            offset += CHUNK
     finally:
         os.close(descriptor)
+
+
+def _frame_at(payload: Path, descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) < size:
+        raise FsllmError(
+            "STATE_CORRUPT", f"{payload} became shorter while it was sent: byte {offset + size} is missing"
+        )
+    return frame_chunk(offset, data)
 
 
 def parse_upload(wire: bytes) -> UploadBegin | ManifestPart | Piece:

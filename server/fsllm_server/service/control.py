@@ -18,8 +18,8 @@ from fsllm_server.certificates import LOCAL_OPERATOR, Certificates
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments
 from fsllm_server.service.boundary import Context, Handler, register
+from fsllm_server.service.downloads import send_version
 from fsllm_server.service.guard import Calls, caller, this_call
-from fsllm_server.service.transfers import send_version
 from fsllm_server.settings import ServerSettings
 from fsllm_server.store.invites import LONGEST, Invites
 from fsllm_server.store.members import MemberRecord, Members

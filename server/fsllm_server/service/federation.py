@@ -1,6 +1,5 @@
 """The members' service: Attach, Download, Upload, UploadStatus, Renew."""
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
@@ -13,14 +12,13 @@ from fsllm_common.identity.authority import CertificateAuthority
 from fsllm_common.identity.keys import Certificate
 from fsllm_common.identity.names import Role
 from fsllm_common.telemetry.logs import get_logger
-from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_common.tensors.manifest import DIGEST_SIZE
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments, greeting
 from fsllm_server.service.boundary import Context, register
-from fsllm_server.service.guard import caller, this_call
-from fsllm_server.service.pace import Pace, PaceLimits
-from fsllm_server.service.transfers import Uploads, send_version
+from fsllm_server.service.downloads import Downloads
+from fsllm_server.service.guard import caller
+from fsllm_server.service.uploads import Uploads
 from fsllm_server.store.members import Members
 
 SERVICE = federation_pb2.DESCRIPTOR.services_by_name["FederationService"].full_name
@@ -38,21 +36,19 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
         self,
         engine: Engine,
         attachments: Attachments,
+        downloads: Downloads,
         uploads: Uploads,
         members: Members,
         authority: CertificateAuthority,
         life_of: Callable[[Role], timedelta],
-        pace: PaceLimits,
-        metrics: ServerMetrics,
     ) -> None:
         self._engine = engine
         self._attachments = attachments
+        self._downloads = downloads
         self._uploads = uploads
         self._members = members
         self._authority = authority
         self._life_of = life_of
-        self._pace = pace
-        self._metrics = metrics
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server: the two that carry payloads with raw frames, the others as generated."""
@@ -79,22 +75,11 @@ class FederationService(federation_pb2_grpc.FederationServiceServicer):
             async for response in responses:
                 yield response
 
-    async def Download(  # type: ignore[override] # raw frames, not messages
+    def Download(  # type: ignore[override] # raw frames, not messages
         self, request: federation_pb2.DownloadRequest, context: Context
     ) -> AsyncGenerator[bytes]:
         """Send a version from an offset."""
-        began = time.monotonic()
-        member = caller().name
-        stored = self._engine.blob(member, request.digest)
-        # A frame is asked for when gRPC has taken the last one: a reader that stops, stops this, and is cut off.
-        with Pace(self._pace, this_call()) as pace:
-            async with aclosing(send_version(stored, request.offset)) as frames:
-                async for frame in frames:
-                    yield frame
-                    pace.advanced(len(frame))
-                    self._metrics.sent_bytes.inc(len(frame))
-                    self._engine.touch(member, request.run_id)
-        self._metrics.download_seconds.observe(time.monotonic() - began)
+        return self._downloads.send(caller().name, request)
 
     def Upload(  # type: ignore[override] # raw frames, not messages
         self, request_iterator: AsyncIterator[bytes], context: Context

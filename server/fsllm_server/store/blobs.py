@@ -16,7 +16,7 @@ from pathlib import Path
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, make_folder, sync_folder, write_all
+from fsllm_common.files import disk_errors, make_folder, sync_folder, write_all, write_behind
 from fsllm_common.tensors.manifest import PayloadDigest
 from fsllm_server.store.files import demand_space
 
@@ -105,8 +105,9 @@ class BlobWriter:
         """
         with disk_errors(self._folder):
             write_all(self._file, data, self._written)
+            self._written += len(data)
+            write_behind(self._file, self._written)
         self._digest.update(data)
-        self._written += len(data)
 
     def commit(self) -> StoredVersion:
         """Make the blob durable and visible under its digest, and return it. The same content again is no error.

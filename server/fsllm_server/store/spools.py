@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, UpdateRejected
 from fsllm_common.failpoints import reach
-from fsllm_common.files import disk_errors, make_folder, write_all, write_atomic
+from fsllm_common.files import disk_errors, make_folder, write_all, write_atomic, write_behind
 from fsllm_server.store.blobs import StoredVersion
 from fsllm_server.store.files import demand_space, exclusive
 
@@ -90,7 +90,8 @@ class Spool:
             )
         with disk_errors(self.path.parent):
             write_all(self._file, data, offset)
-        self.offset += len(data)
+            self.offset += len(data)
+            write_behind(self._file, self.offset)
         if self._check is not None:
             self._check.update(data)
 

@@ -31,7 +31,7 @@ from fsllm_common.tensors import arrays, chunks
 from fsllm_server.engine import runner
 from fsllm_server.reduce import blocks
 from fsllm_server.reduce import sum as sum_reducer
-from fsllm_server.service import guard, rates, transfers
+from fsllm_server.service import guard, rates, uploads
 from simulation.loop import CURRENT
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def virtual(world: "World") -> Iterator[None]:
         replace(secrets, "token_hex", lambda size=16: chance.randbytes(size).hex())
         replace(secrets, "randbits", chance.getrandbits)
         replace(backoff, "random", SimpleNamespace(Random=lambda: random.Random(chance.random())))
-        for module in (chunks, transfers, upload):
+        for module in (chunks, uploads, upload):
             replace(module, "CHUNK", CHUNK)
         for module in (arrays, blocks, sum_reducer):
             replace(module, "BLOCK", BLOCK)

@@ -20,11 +20,12 @@ from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments
 from fsllm_server.service.control import ControlService
 from fsllm_server.service.disk_quota import DiskQuota
+from fsllm_server.service.downloads import Downloads
 from fsllm_server.service.federation import FederationService
 from fsllm_server.service.guard import Calls, Guard
 from fsllm_server.service.pace import PaceLimits
 from fsllm_server.service.rates import CallRate
-from fsllm_server.service.transfers import Uploads
+from fsllm_server.service.uploads import Uploads
 from fsllm_server.settings import ServerSettings
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.events import Entry, RunRecord
@@ -174,6 +175,7 @@ async def serve(world: "World") -> None:
         "spools": Spools(process.folder / "spools"),
         "blobs": Blobs(process.folder / "blobs"),
         "slots": settings.uploads_at_once,
+        "chunks": settings.uploads_at_once,  # as few, so that downloads wait for each other too
         "pace": PaceLimits(settings.upload_stall_seconds, bytes_per_second=1.0),
         "calls": Calls(settings.max_calls),
         "rate": CallRate(10_000),
@@ -181,6 +183,7 @@ async def serve(world: "World") -> None:
     }
     world.engine = parts["engine"] = put_together(Engine, parts)
     parts["attachments"] = put_together(Attachments, parts)
+    parts["downloads"] = put_together(Downloads, parts)
     parts["uploads"] = put_together(Uploads, parts)
     handlers = Handlers()
     for service in (FederationService, ControlService):

@@ -1,4 +1,4 @@
-"""Payloads in both directions, chunk by chunk, as raw protobuf frames (see ``fsllm_common.tensors.chunks``)."""
+"""Uploads, chunk by chunk, as raw protobuf frames (see ``fsllm_common.tensors.chunks``)."""
 
 import asyncio
 import time
@@ -6,50 +6,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import Final
 
-from fsllm.v1.federation_pb2 import DownloadResponse, Queued, Ready, Receipt, UploadBegin, UploadResponse
+from fsllm.v1.federation_pb2 import Queued, Ready, Receipt, UploadBegin, UploadResponse
 from fsllm.v1.tensors_pb2 import ManifestPart
 from fsllm_common.errors import FsllmError, Unavailable, UpdateRejected
 from fsllm_common.failpoints import reach
 from fsllm_common.telemetry.logs import bind, get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
-from fsllm_common.tensors.chunks import CHUNK, Piece, parse_upload, read_chunks
-from fsllm_common.tensors.parts import ManifestReader, split_manifest
+from fsllm_common.tensors.chunks import CHUNK, Piece, parse_upload
+from fsllm_common.tensors.parts import ManifestReader
 from fsllm_server.engine.engine import Engine, Expected
 from fsllm_server.service.admission import Admission
 from fsllm_server.service.disk_quota import DiskQuota
 from fsllm_server.service.guard import Call, this_call
 from fsllm_server.service.pace import Pace, PaceLimits
 from fsllm_server.service.screening import screen_begin
-from fsllm_server.store.blobs import StoredVersion
 from fsllm_server.store.spools import Spool, Spools
 
 log = get_logger()
 
 INTERRUPTED: Final = frozenset({"NOT_WANTED", "OFFSET_OUT_OF_RANGE", "SITE_IDLE", "QUOTA_EXCEEDED"})
 """Reasons that end a stream but say nothing against the update: the site may go on where it stood."""
-
-
-async def send_version(stored: StoredVersion, offset: int = 0) -> AsyncGenerator[bytes]:
-    """Yield the manifest's frame, then the payload's chunks from ``offset``.
-
-    The frames are those of DownloadResponse and of ExportRunResponse alike.
-
-    Raises:
-        FsllmError: OFFSET_OUT_OF_RANGE.
-
-    """
-    # The first chunk is read before anything is sent, so that a wrong offset is told instead. Chunks come from the page
-    # cache in less time than a thread would take to wake up.
-    chunks = read_chunks(stored.payload, offset)
-    first = next(chunks, None)
-    manifest, parts = split_manifest(stored.manifest)
-    yield DownloadResponse(manifest=manifest).SerializeToString()
-    for part in parts:
-        yield DownloadResponse(part=part).SerializeToString()
-    if first is not None:
-        yield first
-    for chunk in chunks:
-        yield chunk
 
 
 class Uploads:
