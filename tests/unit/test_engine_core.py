@@ -664,3 +664,22 @@ def test_a_log_that_can_not_be_read_says_so() -> None:
         assert error.value.reason == "STATE_CORRUPT"
     with pytest.raises(FsllmError):
         decide(None, events.Paused(at=1.0))
+
+
+def test_a_site_that_was_idle_is_waited_for_again_when_it_is_asked_again() -> None:
+    run, _ = played(make_plan(cohort={"quorum": 1}, timing={"failed_rounds": 1}), *attach("a", "b"))
+    joining = {order.member: order for order in run.open_orders(Kind.JOIN)}
+    run = go(
+        run,
+        events.Answered(at=2, member="a", order_id=joining["a"].id, outcome="done"),
+        events.MemberIdle(at=3, member="b", order_id=joining["b"].id),
+    )
+    run = go(run, timer(run, "gather"))
+    run = go(run, *answer_all(run, Kind.BUILD, "failed"))
+    assert run.status is Status.PAUSED
+    run = go(run, events.Resumed(at=4))
+    assert not run.members["b"].idle
+    run = go(run, timer(run, "gather"))
+    run = go(run, *answer_all(run, Kind.BUILD, "failed"))
+    # It may be able to build what the other is not.
+    assert (run.status, run.phase) == (Status.RUNNING, "init")

@@ -10,7 +10,7 @@ from engine_harness import KINDS, Member, make_plan, serving
 from fsllm.v1 import control_pb2, federation_pb2
 from fsllm_common.errors import FsllmError, Unavailable
 from fsllm_common.tensors.arrays import decode
-from fsllm_server.store.events import Entry, EventLog
+from fsllm_server.store.events import Entry, EventLog, RunRecord
 
 
 async def test_a_run_goes_from_its_submission_to_done(tmp_path: Path) -> None:
@@ -268,6 +268,29 @@ async def test_repeated_progress_is_none(tmp_path: Path) -> None:
         notice = await server.until(run, lambda n: n.kind == "status" and n.subject == "paused")
         stop.set()
         assert "failed once" in notice.message
+
+
+async def test_a_submission_whose_caller_leaves_is_the_same_run_when_it_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = EventLog.submit
+
+    async def and_then_the_caller_leaves(log: EventLog, record: RunRecord, entry: Entry) -> None:
+        await submit(log, record, entry)
+        first.cancel()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(EventLog, "submit", and_then_the_caller_leaves)
+    async with serving(tmp_path) as server:
+        a = Member(server, "a").attach()
+        Member(server, "b").attach()
+        first = asyncio.create_task(server.engine.submit(make_plan(), "r1"))
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        run = await server.engine.submit(make_plan(), "r1")
+        assert [known.run_id for known in server.engine.list_runs()] == [run]
+        await a.order("join")
+        await server.done(run)
 
 
 async def test_a_second_daemon_of_the_same_member_ends_the_first(tmp_path: Path) -> None:

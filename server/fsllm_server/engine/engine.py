@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -11,8 +10,8 @@ from typing import Literal
 
 from fsllm.v1 import control_pb2, federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
-from fsllm_common.errors import FsllmError, PlanInvalid, Refused
-from fsllm_common.plan import Plan, canonical_json
+from fsllm_common.errors import FsllmError, Refused
+from fsllm_common.plan import Plan
 from fsllm_common.telemetry.metrics import ServerMetrics
 from fsllm_server.engine import core, views
 from fsllm_server.engine.events import (
@@ -26,16 +25,14 @@ from fsllm_server.engine.events import (
     Restored,
     Resumed,
     ServerRestarted,
-    Submitted,
-    dump,
 )
 from fsllm_server.engine.manifests import links
 from fsllm_server.engine.meter import Meter
-from fsllm_server.engine.reducing import installed_algorithm
 from fsllm_server.engine.retention import Retention
 from fsllm_server.engine.runner import Outside, Runner, stopping
 from fsllm_server.engine.session import Session
 from fsllm_server.engine.state import Run
+from fsllm_server.engine.submissions import Submissions
 from fsllm_server.engine.sweeping import Sweeper
 from fsllm_server.engine.uploads import Expected, Uploads
 from fsllm_server.engine.verifier import Verifier
@@ -66,9 +63,7 @@ class Engine:
         self._log = log
         self._meter = Meter(metrics)
         self._runners: dict[str, Runner] = {}
-        self._requests: dict[str, str] = {}
-        """Run id by the request_id that submitted it."""
-        self._submitting = asyncio.Lock()
+        self._submissions = Submissions(log, clock, self._begin)
         self._sessions: dict[str, Session] = {}
         self._stopped = False
         self._uploads = Uploads(blobs, spools, clock)
@@ -106,6 +101,7 @@ class Engine:
         for session in self._sessions.values():
             session.end(stopping())
         self._sessions.clear()
+        await self._submissions.stop()
         await asyncio.gather(*(runner.stop() for runner in self._runners.values()))
 
     # Operators.
@@ -120,24 +116,7 @@ class Engine:
         """
         if self._stopped:
             raise stopping()
-        text = canonical_json(plan).decode()
-        needs_trainer = installed_algorithm(plan.algorithm.name).needs_trainer
-        async with self._submitting:
-            if (known := self._requests.get(request_id)) is not None:
-                if self._runners[known].plan.decode() != text:
-                    message = f"request_id {request_id!r} has submitted another plan as run {known}"
-                    raise PlanInvalid(message, cure="Use a fresh random request_id for each submission.")
-                return known
-            now = self._clock()
-            record = RunRecord(secrets.token_hex(6), plan.name, request_id, text, now)
-            event = Submitted(at=now, run_id=record.id, plan=text, needs_trainer=needs_trainer)
-            first = Entry(1, now, event.kind, dump(event))
-            await self._log.submit(record, first)
-            runner = self._add(record, [first])
-        for session in self._sessions.values():
-            runner.post(self._attached(session, record.id))
-        self._count()
-        return record.id
+        return await self._submissions.submit(plan, request_id)
 
     def list_runs(self) -> list[control_pb2.Run]:
         """Return all runs, oldest first, without plan, members and commits."""
@@ -379,9 +358,15 @@ class Engine:
 
     # Inside.
 
+    def _begin(self, record: RunRecord, first: Entry) -> None:
+        runner = self._add(record, [first])
+        for session in self._sessions.values():
+            runner.post(self._attached(session, record.id))
+        self._count()
+
     def _add(self, record: RunRecord, entries: list[Entry]) -> Runner:
         runner = self._runners[record.id] = Runner(record, entries, self._outside)
-        self._requests[record.request_id] = record.id
+        self._submissions.note(record)
         runner.start()
         return runner
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from fsllm.v1 import federation_pb2
 from fsllm_server.engine.state import Order
+
+_LATE: Final = 1.0
+"""Seconds by which no alarm is late but when the whole process was."""
 
 
 @dataclass(slots=True)
@@ -68,7 +72,10 @@ class IdleWatch:
         watched.alarm = loop.call_at(watched.advanced + self._seconds, self._look, watched)
 
     def _look(self, watched: _Watched) -> None:
+        late = self._now() - watched.alarm.when() if watched.alarm is not None else 0.0
         watched.alarm = None
+        if late > _LATE:
+            watched.advanced = self._now()  # it was this process that stood still: what came meanwhile is unread
         if self._now() < watched.advanced + self._seconds:
             self._arm(watched)
         else:

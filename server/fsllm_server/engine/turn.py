@@ -67,6 +67,7 @@ class Turn:
         if not run.active or not member.attached or run.orders_of(name):
             return
         if member.standing is Standing.OFFERED:
+            self.update_member(name, idle=False)  # a new offer is waited for anew
             self.send(name, Kind.JOIN)
         elif member.standing is Standing.JOINED and run.zero is not None:
             self.send(name, Kind.CHECK, run.zero)

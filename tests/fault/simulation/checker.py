@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from fsllm_common.errors import REASONS, FsllmError
 from fsllm_common.tensors.manifest import payload_digest
 from fsllm_server.engine import core
-from fsllm_server.engine.events import load
+from fsllm_server.engine.events import MemberForgotten, Reduced, UpdateRecorded, load
 from fsllm_server.engine.state import Run
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spools
 from simulation import arithmetic
 from simulation.history import Event
+from simulation.liar import LIAR
 from simulation.steering import OPERATOR
 
 if TYPE_CHECKING:
@@ -208,15 +209,19 @@ class Checker:
                 return
 
     def _acknowledged(self, round_: int) -> list[str]:
-        """Return whose updates were recorded before the round was reduced, without those revoked by then."""
+        """Return whose updates were recorded before the round's reduction began, without those revoked by then."""
         there: set[str] = set()
-        for _, body in self.log(self.run):
-            if body["kind"] == "update" and body["round"] == round_:
-                there.add(body["member"])
-            elif body["kind"] == "forgotten":
-                there.discard(body["member"])
-            elif body["kind"] == "reduced" and body["job"].split(".")[1] == str(round_):
+        state: Run | None = None
+        for entry in self.world.records.logs[self.run]:
+            event = load(entry.body)
+            reducing = state is not None and state.round == round_ and state.phase == "reduce"
+            if isinstance(event, UpdateRecorded) and event.round == round_:
+                there.add(event.member)
+            elif isinstance(event, MemberForgotten) and not reducing:
+                there.discard(event.member)
+            elif isinstance(event, Reduced) and reducing:
                 break
+            state, _ = core.decide(state, event)
         return sorted(there)
 
     def _sent(self, member: str, digest: str, round_: int) -> arithmetic.Array | None:
@@ -292,11 +297,15 @@ class Checker:
                     announced.discard((event.facts["member"], self.run, event.facts["round"]))
                 case "training" if key in announced:
                     yield f"{event.who} trains round {key[2]} again, whose delta was in its outbox"
-                case "send-ready" if event.facts["offset"] < event.facts["held"]:
+                case "send-ready" if event.facts["offset"] < event.facts["held"] and self._is_true(event.facts):
                     facts = event.facts
                     yield f"{facts['member']} must go on at {facts['offset']}, though {facts['held']} bytes are held"
                 case _:
                     pass
+
+    def _is_true(self, facts: dict[str, Any]) -> bool:
+        """A lie that was found out goes, though a crash may keep its teller from hearing why."""
+        return facts["member"] != LIAR.name or facts["digest"] in self.world.history.honest
 
     # 7. Every outcome has a name, and trying again is safe.
 

@@ -237,6 +237,7 @@ class History:
                 self.ready[call] = None
                 facts["at_once"] = len(self.ready)
             digest, reached = self.held.get(upload.key, (b"", 0))
+            facts["digest"] = begin.manifest.digest.hex()
             facts["offset"] = message.ready.offset
             facts["held"] = reached if digest == begin.manifest.digest else 0
         elif kind == "receipt":

@@ -129,7 +129,8 @@ class Liar:
         if not world.quiet:
             await self._other_calls(order)
             for name in world.chance.sample(sorted(LIES), 3):
-                await self._upload_lie(name, *LIES[name], honest, kind)
+                if await self._upload_lie(name, *LIES[name], honest, kind) == "OK":
+                    return True  # the missing chunk was there: it is delivered
             if plan.pipeline or plan.wire.max_update_norm is not None:
                 reasons = frozenset({"NORM_TOO_LARGE"}) | ({"NOT_FINITE"} if kind == "fp16" else set())
                 await self._upload_lie("a large norm", TOO_LARGE, reasons, honest, kind)
@@ -143,12 +144,12 @@ class Liar:
             await self._upload_lie(f"{name} afterwards", LIES[name][0], frozenset({"UPDATE_CONFLICT"}), honest, kind)
         return got == "OK"
 
-    async def _upload_lie(self, name: str, change: Lie, expected: frozenset[str], honest: Update, kind: str) -> None:
+    async def _upload_lie(self, name: str, change: Lie, expected: frozenset[str], honest: Update, kind: str) -> str:
         changed = change(honest, kind)
         # Lies in the chunks are told under the digest of the honest update: that is not recorded by them either.
         own = changed.begin.manifest.digest != honest.begin.manifest.digest
         digest = changed.begin.manifest.digest.hex() if own else None
-        await self._try(name, self._deliver(changed), expected, digest)
+        return await self._try(name, self._deliver(changed), expected, digest)
 
     async def _other_calls(self, order: Order) -> None:
         fetch = DownloadRequest(run_id=order.run_id, digest=bytes(32))
@@ -192,10 +193,11 @@ class Liar:
         finally:
             call.cancel()
 
-    async def _try(self, name: str, trying: Any, expected: Any, digest: str | None = None) -> None:  # noqa: ANN401
+    async def _try(self, name: str, trying: Any, expected: Any, digest: str | None = None) -> str:  # noqa: ANN401
         got = await self._outcome(trying)
         self._world.history.note("lie", name=name, got=got, expected=frozenset(expected) | CIRCUMSTANCES, digest=digest)
         self._world.history.counts[f"lie: {name}: {got}"] += 1
+        return got
 
     async def _outcome(self, trying: Any) -> str:  # noqa: ANN401
         """Return the reason with which something was refused, or OK."""
