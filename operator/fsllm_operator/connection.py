@@ -30,8 +30,11 @@ from fsllm_common.rpc_errors import error_from
 CALL_SECONDS: Final = 20.0
 _STREAM_SECONDS: Final = 120.0
 _PAUSE_SECONDS: Final = 1.0
+_MAX_MESSAGE: Final = 256 * 1024 * 1024
+"""Bytes. A run of thousands of rounds and dozens of sites is told in one message, by a server that operators trust."""
 _OPTIONS: Final = (
-    *CHANNEL_OPTIONS,
+    *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
     # After a server's restart try again every second or two: the default backs off to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),

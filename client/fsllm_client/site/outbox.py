@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from fsllm.v1.federation_pb2 import UploadBegin
 from fsllm_client.site.state import DIRECTORY_MODE, FILE_MODE
 from fsllm_common.errors import FsllmError
-from fsllm_common.files import sync_folder, write_atomic
+from fsllm_common.files import disk_errors, sync_folder, write_atomic
 from fsllm_common.telemetry.logs import get_logger
 
 log = get_logger()
@@ -88,17 +88,18 @@ class Outbox:
             durable: False where making the payload anew costs nothing (the noop algorithm): nothing is synced.
 
         Raises:
-            Unavailable: DISK_FULL.
+            Unavailable: DISK_FULL, DISK_FAILED.
 
         """
         folder = self.root / _name(begin.run_id, begin.round, begin.base_digest)
-        if durable:
-            write_atomic(folder / _BEGIN, begin.SerializeToString(), mode=FILE_MODE)
-            sync_folder(self.root)
-        else:
-            fresh = folder / f".{_BEGIN}"
-            fresh.write_bytes(begin.SerializeToString())
-            fresh.rename(folder / _BEGIN)
+        with disk_errors(self.root):
+            if durable:
+                write_atomic(folder / _BEGIN, begin.SerializeToString(), mode=FILE_MODE)
+                sync_folder(self.root)
+            else:
+                fresh = folder / f".{_BEGIN}"
+                fresh.write_bytes(begin.SerializeToString())
+                fresh.rename(folder / _BEGIN)
         log.info("made, and kept until it is acknowledged", digest=begin.manifest.digest.hex()[:12])
         return Parcel(folder, begin)
 
