@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -338,6 +338,11 @@ def summary(report: Report) -> Table:
     return table
 
 
+def as_json(report: Report) -> str:
+    """Return the report as machines read it."""
+    return json.dumps({**vars(report), "kills": report.kills}, indent=2)
+
+
 def main() -> int:
     """Run as a command; 0: nothing is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,7 +369,7 @@ def main() -> int:
     with _bar(kills, console) as tell:
         play(folder, report, plan, kills, fault=Fault(bytes_per_second=24 * MIB), tell=tell)
     if arguments.json:
-        sys.stdout.write(json.dumps({**asdict(report), "kills": report.kills}, indent=2) + "\n")
+        sys.stdout.write(as_json(report) + "\n")
     else:
         console.print(summary(report))
     for wrong in report.wrong:

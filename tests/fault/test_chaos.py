@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.fault.chaos import MIB, Report, play
+from tests.fault.chaos import MIB, Report, as_json, play
 from tests.fault.chaos_checks import Observed, check_uploads
 from tests.fault.plans import noop_plan
 from tests.fault.proxy import Fault
@@ -20,6 +20,14 @@ def test_a_federation_that_is_killed_over_and_over_gives_the_same_bits(tmp_path:
     assert report.wrong == []
     assert report.kills >= 10
     assert report.rounds >= 8
+
+
+def test_the_report_is_json() -> None:
+    report = Report(seed=1, folder="f", wrong=["w"])
+    report.strikes["kill -9 site"] += 2
+    report.points["spool.sync"] += 1
+    said = json.loads(as_json(report))
+    assert (said["kills"], said["points"], said["wrong"]) == (2, {"spool.sync": 1}, ["w"])
 
 
 def test_an_upload_that_begins_again_is_found() -> None:
