@@ -184,7 +184,7 @@ def forget_who_submitted(patch: Patch) -> None:
 
     def forgetting(self: Engine, record: Any, entries: Any) -> Any:  # noqa: ANN401
         runner = add(self, record, entries)
-        self._requests.clear()
+        self._submissions._known.clear()
         return runner
 
     patch.setattr(Engine, "_add", forgetting)
