@@ -1,7 +1,7 @@
-"""Reference docs made from the code: every key of a plan, every reason of an error, every metric.
+"""Reference docs made from the code: every key of a plan, every algorithm, every reason of an error, every metric.
 
-``python -m fsllm_operator.reference DOCS`` writes the generated parts of docs/plans.md, docs/errors.md and
-docs/metrics.md in place; a test compares them. A generated part stands between two HTML comments.
+``python -m fsllm_operator.reference DOCS`` writes the generated parts of docs/plans.md, docs/algorithms.md,
+docs/errors.md and docs/metrics.md in place; a test compares them. A generated part stands between two HTML comments.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fsllm_common.algorithms import algorithm_class, algorithm_names
 from fsllm_common.errors import REASONS, Exit
 from fsllm_common.plan.combinations import REFUSED
 from fsllm_common.plan.schema import Clip, Noise, Plan
@@ -49,6 +50,25 @@ _EXIT_MEANINGS: Final[dict[int, str]] = {
 def plan_reference() -> str:
     """Return every key of a plan in Markdown, a table a section, and the combinations that are refused."""
     return "\n".join([*_sections(), "### What does not go together\n", *_refused()])
+
+
+def algorithm_reference() -> str:
+    """Return this package's algorithms in Markdown: source, server state, and parameters."""
+    lines = ["| `algorithm.name` | method and source | the server keeps besides the version | `server_learning_rate` |"]
+    lines.append("|---|---|---|---|")
+    details: list[str] = []
+    for name in algorithm_names():
+        algorithm = algorithm_class(name)
+        if not algorithm.__module__.startswith("fsllm_common."):
+            continue
+        plan = Plan.model_validate({"name": "p", "model": {"name": "m"}, "algorithm": {"name": name}})
+        state = ", ".join(algorithm(plan).state()) or "nothing"
+        said = (inspect.getdoc(inspect.getmodule(algorithm)) or "").split("\n\n")[0]
+        lines.append(f"| `{name}` | {_cell(said)} | {state} | {algorithm.server_learning_rate:g} |")
+        if algorithm.parameters_type.model_fields:
+            heading = f"## `{name}`\n\nUnder `algorithm.parameters`:\n"
+            details.append(_table(algorithm.parameters_type, "", heading))
+    return "\n".join([*lines, "", *details])
 
 
 def error_reference() -> str:
@@ -239,7 +259,12 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
-GENERATED: Final = {"plans.md": plan_reference, "errors.md": error_reference, "metrics.md": metric_reference}
+GENERATED: Final = {
+    "plans.md": plan_reference,
+    "algorithms.md": algorithm_reference,
+    "errors.md": error_reference,
+    "metrics.md": metric_reference,
+}
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def _payloads(state: Path, runs: list[Run]) -> Iterator[tuple[str, Path]]:
 def _blobs(state: Path, run: Run) -> Iterator[tuple[Path, bool]]:
     for version in (run.zero, run.candidate, *(commit.version for commit in run.commits)):
         if version is not None:
-            for digest in (version.digest, version.master):
+            for digest in version.blobs:
                 for name in ("manifest", "payload"):
                     yield state / BLOBS / digest / name, True
 

@@ -39,7 +39,7 @@ def _plan(stage: int = 2, steps: int = 2, **train: object) -> Plan:
             "name": "t",
             "model": {"name": "tiny"},
             "adapter": {"rank": 3},
-            "algorithm": {"name": "fedprox", "proximal_mu": 0.5},
+            "algorithm": {"name": "fedprox", "parameters": {"mu": 0.5}},
             "train": {**defaults, **train},
             "deepspeed": {"zero_stage": stage},
             "data": {"template": "plain", "max_length": 24, "packing": False, "validation_fraction": 0.2},

@@ -69,12 +69,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "at most 200000 tensors",
         {"model": SYNTHETIC, "algorithm": {**NOOP, "synthetic": {"tensors": 200_000}}},
     ),
-    (
-        {"algorithm": {"proximal_mu": 0.1}},
-        "only fedprox",
-        {"algorithm": {"name": "fedprox", "proximal_mu": 0.1}},
-    ),
-    ({"algorithm": {"name": "fedprox"}}, "mu 0 is fedavg", {"algorithm": {"name": "fedprox", "proximal_mu": 0.01}}),
     ({"cohort": {"sites": [], "quorum": 1}}, "nobody", {"cohort": {"sites": ["a"], "quorum": 1}}),
     ({"cohort": {"sites": ["a", "B"]}}, "a site's name", {"cohort": {"sites": ["a", "b"]}}),
     ({"cohort": {"sites": ["a", "b", "a"]}}, "named twice", {"cohort": {"sites": ["a", "b", "c"]}}),

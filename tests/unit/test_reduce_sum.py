@@ -18,7 +18,7 @@ from fsllm_common.tensors.manifest import payload_digest
 from fsllm_server.reduce import Stopped
 from fsllm_server.reduce.blocks import uniform_type
 from fsllm_server.reduce.sink import Digests, Sink
-from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded
+from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded, Step
 from fsllm_server.reduce.sum import fold as fold_addends
 from fsllm_server.store.blobs import Blobs, StoredVersion
 
@@ -39,7 +39,8 @@ def fold(
     **options: Any,  # noqa: ANN401
 ) -> Folded:
     addends = [Addend(update.payload, uniform_type(update.manifest), weight) for update, weight in updates]
-    return fold_addends((base or updates[0][0]).manifest, base, addends, apply, wire, sink, **options)
+    step = Step(lambda block: apply(block.base, block.mean), 1, {})
+    return fold_addends((base or updates[0][0]).manifest, base, addends, step, wire, sink, **options)
 
 
 def stored(folder: Path, name: str, arrays: dict[str, Any], element_type: ElementType.ValueType = F32) -> StoredVersion:

@@ -13,7 +13,7 @@ from fsllm_client.trainer.ds_config import deepspeed_config
 from fsllm_client.trainer.engine import Engine
 from fsllm_client.trainer.group import Group
 from fsllm_client.trainer.loop import token_losses
-from fsllm_common.algorithms.fedprox import Proximal
+from fsllm_common.algorithms import local_rule
 from fsllm_common.plan import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -43,7 +43,7 @@ def _plan(stage: int, kind: str = "lora", mu: float = 0.0, **train: object) -> P
             "name": "t",
             "model": {"name": "tiny"},
             "adapter": {"kind": kind, "rank": 3, "virtual_tokens": 5},
-            "algorithm": {"name": "fedprox", "proximal_mu": mu},
+            "algorithm": {"name": "fedprox", "parameters": {"mu": mu}} if mu else {"name": "fedavg"},
             "train": {**defaults, **train},
             "deepspeed": {"zero_stage": stage},
         }
@@ -178,7 +178,7 @@ def test_fedprox_and_clipping_give_the_step_computed_by_hand(
     norm = float(torch.cat([g.flatten() for g in by_hand.values()]).norm())
     plain_norm = float(torch.cat([g.flatten() for g in plain.values()]).norm())
     assert norm > 2 * plain_norm  # a clip by the norm of the plain gradient would differ
-    rule = Proximal(plan)
+    rule = local_rule(plan)
     rule.receive(base)
     engine = make(plan, clip=False)
     engine.write_adapter(start)

@@ -266,3 +266,28 @@ async def test_verifying_goes_on_beside_a_round_and_can_be_broken_off(tmp_path: 
         assert [p.done_bytes for p in progress] == sorted(p.done_bytes for p in progress)
         assert {p.round for p in progress} == {0, 1, 2}
         assert progress[-1].total_bytes > 0
+
+
+async def test_the_servers_state_is_kept_with_each_version_and_recomputed(tmp_path: Path) -> None:
+    plan: dict[str, Any] = {"algorithm": {"name": "fedavgm"}, "wire": {"element_type": "fp32"}}
+    async with serving(tmp_path, EVERYTHING) as server:
+        run = await three_rounds(server, **plan)
+        found = await findings(server, run)
+        assert [(f.verdict, list(f.problems)) for f in found] == [(RECOMPUTED, [])] * 4
+        told = [decode(f.manifest.body) for f in found]
+        assert ["state" in one["result"] for one in told] == [False, True, True, True]
+        assert [one["base"].get("state") for one in told[1:]] == [one["result"].get("state") for one in told[:-1]]
+        # Examples weigh 1, 2 and 4; each round's momentum is 0.9 of the last one's and the mean delta.
+        mean = (0.1 * 1 + 0.7 * 2 - 0.3 * 4) / 7
+        velocity = np.frombuffer((blob(tmp_path, told[3]["result"]["state"]["velocity"])).read_bytes(), "<f4")
+        np.testing.assert_allclose(velocity, mean * (1 + 0.9 + 0.81), rtol=1e-5)
+        last = np.frombuffer(blob(tmp_path, told[3]["result"]["master"]).read_bytes(), "<f4")
+        np.testing.assert_allclose(last, mean * (1 + 1.9 + 2.71), rtol=1e-5)
+        flip(blob(tmp_path, told[2]["result"]["state"]["velocity"]))
+        wrong = await broken(server, run)
+        assert sorted(wrong) == [2, 3]
+        assert "its base" in wrong[3]
+
+
+def blob(folder: Path, digest: str) -> Path:
+    return folder / "blobs" / digest / "payload"

@@ -21,7 +21,7 @@ from fsllm_client.trainer.ds_config import deepspeed_config, ignored_keys, micro
 from fsllm_client.trainer.loop import changes, train_round
 from fsllm_client.trainer.orders import Account, Advanced, Build, Evaluate, Finished, Prepare, Train
 from fsllm_client.trainer.tensor_files import read_tensors, write_tensors
-from fsllm_common.algorithms import algorithm_class
+from fsllm_common.algorithms import local_rule
 from fsllm_common.errors import FsllmError, PlanInvalid, TrainingFailed
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Session:
         from fsllm_client.trainer.engine import Engine
 
         plan = order.plan
-        rule = algorithm_class(plan.algorithm.name).local_rule(plan)
+        rule = local_rule(plan)
         config = deepspeed_config(
             plan,
             world=group.world,
@@ -198,7 +198,7 @@ class Session:
             round_number=order.round,
             steps=steps_in_round(plan.train, len(run.sequences)),
             base=self._read_adapter(order.base, run.engine),
-            rule=algorithm_class(plan.algorithm.name).local_rule(plan),
+            rule=local_rule(plan),
             group=group,
             progress=progress,
             cancelled=self._cancelled,

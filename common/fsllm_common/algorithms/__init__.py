@@ -1,12 +1,27 @@
 """One file an algorithm, its server half and its client half side by side, and the registry that finds them by name."""
 
+from __future__ import annotations
+
 import functools
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-from fsllm_common.algorithms.interface import Algorithm, LocalRule, Update
+from fsllm_common.algorithms.interface import Algorithm, Block, LocalRule, Parameters, Update
 from fsllm_common.errors import PlanInvalid
 
-__all__ = ["Algorithm", "LocalRule", "Update", "algorithm_class", "algorithm_names"]
+if TYPE_CHECKING:
+    from fsllm_common.plan import Plan
+
+__all__ = [
+    "Algorithm",
+    "Block",
+    "LocalRule",
+    "Parameters",
+    "Update",
+    "algorithm_class",
+    "algorithm_names",
+    "local_rule",
+]
 
 _GROUP = "fsllm.algorithms"
 
@@ -15,6 +30,17 @@ _GROUP = "fsllm.algorithms"
 def _installed() -> dict[str, EntryPoint]:
     """Return the registered algorithms by name. Kept, because finding them reads every installed package's metadata."""
     return {entry.name: entry for entry in entry_points(group=_GROUP)}
+
+
+def local_rule(plan: Plan) -> LocalRule:
+    """Return a fresh local rule of the plan's algorithm, for one round.
+
+    Raises:
+        PlanInvalid: No installed package registers the algorithm.
+
+    """
+    algorithm = algorithm_class(plan.algorithm.name)
+    return algorithm.local_rule(plan, algorithm.parameters_type.model_validate(plan.algorithm.parameters))
 
 
 def algorithm_names() -> list[str]:

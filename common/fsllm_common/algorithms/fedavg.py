@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from fsllm_common.algorithms.interface import Algorithm, Update
+from fsllm_common.algorithms.interface import Algorithm, Block, Update
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,11 @@ class FedAvg(Algorithm):
         total = sum(raw)
         return [w / total for w in raw]
 
-    def apply(self, base: npt.NDArray[np.float32], mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def apply(self, block: Block) -> npt.NDArray[np.float32]:
         """Return base + server_learning_rate x mean."""
-        rate = base.dtype.type(self.plan.algorithm.server_learning_rate)
-        return base + rate * mean
+        return block.base + self.rate(block) * block.mean
+
+    def rate(self, block: Block) -> np.float32:
+        """Return the server's learning rate as the blocks' type."""
+        said = self.plan.algorithm.server_learning_rate
+        return block.base.dtype.type(said if said is not None else self.server_learning_rate)

@@ -13,12 +13,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import BaseModel, ConfigDict
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
     from fsllm_common.plan import Plan
+
+
+class Parameters(BaseModel):
+    """What a plan may say under ``algorithm.parameters``: a method's own, each with a default and a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same elements of everything that a server step may look at: float32 arrays of one shape (elements,)."""
+
+    round: int
+    """1, 2, ..."""
+    base: npt.NDArray[np.float32]
+    mean: npt.NDArray[np.float32]
+    """Of the deltas, weighted."""
+    state: Mapping[str, npt.NDArray[np.float32]]
+    """What ``Algorithm.state`` names, as the last round has left it. Overwritten in place by this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +61,9 @@ class LocalRule:
     values.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, parameters: Parameters) -> None:
         self.plan = plan
+        self.parameters = parameters
 
     def receive(self, base: Mapping[str, torch.Tensor]) -> None:
         """See the base version (on CPU), by name, before the first step."""
@@ -73,22 +95,34 @@ class LocalRule:
 
 
 class Algorithm(ABC):
-    """The server half: how acknowledged deltas become the next global version. Holds no state between rounds."""
+    """The server half: how acknowledged deltas become the next global version.
+
+    The object holds nothing between rounds: what a method keeps is named by ``state`` and stored with each version.
+    """
 
     name: ClassVar[str]
     local_rule: ClassVar[type[LocalRule]] = LocalRule
     needs_trainer: ClassVar[bool] = True
+    parameters_type: ClassVar[type[Parameters]] = Parameters
+    server_learning_rate: ClassVar[float] = 1.0
+    """The plan's, where it says nothing."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.parameters = self.parameters_type.model_validate(plan.algorithm.parameters)
+
+    def state(self) -> Mapping[str, float]:
+        """Return the server's state: names of tensors as large as the adapter, and what each element is at first."""
+        return {}
 
     @abstractmethod
     def weigh(self, updates: Sequence[Update]) -> list[float]:
         """Return each update's share in the sum, in the order given. Shares are positive and sum to 1."""
 
     @abstractmethod
-    def apply(self, base: npt.NDArray[np.float32], mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return a block of the next version from the same block of the base and of the weighted mean delta.
+    def apply(self, block: Block) -> npt.NDArray[np.float32]:
+        """Return a block of the next version, and leave the next state in ``block.state``.
 
-        Called block by block, so it must work elementwise. Must not change its arguments.
+        Called block by block, so it must work elementwise; in float32 throughout, so that everybody who recomputes the
+        round gets the same bits. Must change nothing but the state.
         """

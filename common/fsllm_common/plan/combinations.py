@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from fsllm_common.algorithms import algorithm_class, algorithm_names
-from fsllm_common.algorithms.fedprox import FedProx
 from fsllm_common.errors import FsllmError, PlanInvalid
 from fsllm_common.identity.names import check_name
 from fsllm_common.plan.schema import Clip, Noise, Plan
@@ -54,10 +53,6 @@ def noises(plan: Plan) -> list[Noise]:
 def trains(plan: Plan) -> bool:
     """Tell whether the plan's algorithm trains a model."""
     return algorithm_class(plan.algorithm.name).needs_trainer
-
-
-def _proximal(plan: Plan) -> bool:
-    return issubclass(algorithm_class(plan.algorithm.name), FedProx)
 
 
 def _sites(plan: Plan) -> int | None:
@@ -124,16 +119,6 @@ REFUSED: Final[tuple[Combination, ...]] = (
         "algorithm.synthetic.tensors",
         lambda p: p.algorithm.synthetic.tensors > MAX_TENSORS,
         f"at most {MAX_TENSORS} tensors",
-    ),
-    Combination(
-        "algorithm.proximal_mu, algorithm.name",
-        lambda p: p.algorithm.proximal_mu > 0 and not _proximal(p),
-        "only fedprox has a proximal term: say algorithm.name: fedprox, or leave proximal_mu out",
-    ),
-    Combination(
-        "algorithm.proximal_mu, algorithm.name",
-        lambda p: p.algorithm.proximal_mu == 0 and _proximal(p),
-        "fedprox with mu 0 is fedavg: give proximal_mu (0.001 to 1), or say algorithm.name: fedavg",
     ),
     Combination(
         "cohort.sites", lambda p: _sites(p) == 0, "an empty list lets nobody take part; leave it out for every site"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Union, get_args, get_or
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from fsllm_common.algorithms import algorithm_class
 from fsllm_common.errors import PlanInvalid
 from fsllm_common.plan.combinations import refuse_combinations
 from fsllm_common.plan.schema import Plan, Stage
@@ -80,7 +81,28 @@ def _plan(raw: object) -> Plan:
         more = f"; and {len(errors) - _MAX_TOLD} more" if len(errors) > _MAX_TOLD else ""
         raise PlanInvalid("; ".join(map(_explain, errors[:_MAX_TOLD])) + more) from error
     refuse_combinations(plan)
-    return plan
+    return _with_parameters(plan)
+
+
+def _with_parameters(plan: Plan) -> Plan:
+    """Return the plan with all of its algorithm's parameters: a later default must not change a recorded plan."""
+    algorithm = algorithm_class(plan.algorithm.name)
+    kind = algorithm.parameters_type
+    try:
+        parameters = kind.model_validate(plan.algorithm.parameters)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields) or "none"
+        told = "; ".join(
+            f"algorithm.parameters.{'.'.join(map(str, one['loc']))}: {_lower(one['msg'])} (got {_short(one['input'])})"
+            for one in error.errors(include_url=False)
+        )
+        raise PlanInvalid(f"{told}; {plan.algorithm.name} knows: {known}") from error
+    rate = plan.algorithm.server_learning_rate
+    filled = {
+        "parameters": parameters.model_dump(),
+        "server_learning_rate": rate if rate is not None else algorithm.server_learning_rate,
+    }
+    return plan.model_copy(update={"algorithm": plan.algorithm.model_copy(update=filled)})
 
 
 # Errors.

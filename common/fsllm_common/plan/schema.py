@@ -7,7 +7,7 @@ policy and settings, not here.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -59,14 +59,31 @@ class Synthetic(Section):
 class Algorithm(Section):
     """How local results become the next global version."""
 
-    name: str = Field(default="fedavg", description="fedavg, fedprox, noop, or one registered by another package.")
+    name: str = Field(
+        default="fedavg",
+        description="fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fedprox, noop, or one of another package.",
+    )
+    parameters: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="The method's own; docs/algorithms.md lists them."
+    )
     weighting: Literal["examples", "tokens", "uniform", "capped"] = Field(
         default="examples", description="What an update counts for; capped: examples, at most weight_cap."
     )
     weight_cap: PositiveInt = Field(default=1000, description="For weighting: capped.")
-    server_learning_rate: PositiveFloat = Field(default=1.0, description="x <- x + rate x mean(delta).")
-    proximal_mu: float = Field(default=0.0, ge=0, description="fedprox: mu of mu/2 |y - x|^2.")
+    server_learning_rate: PositiveFloat | None = Field(
+        default=None, description="x <- x + rate x step. Unset: the method's, 1 or (fedadam and its like) 0.01."
+    )
     synthetic: Synthetic = Synthetic()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_earlier(cls, given: object) -> object:
+        """Read plans that were recorded when FedProx's parameter had a key of its own."""
+        if isinstance(given, dict) and "proximal_mu" in given:
+            given = dict(given)
+            if mu := given.pop("proximal_mu"):
+                given["parameters"] = {"mu": mu, **given.get("parameters", {})}
+        return given
 
 
 class Cohort(Section):

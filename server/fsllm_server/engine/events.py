@@ -119,6 +119,8 @@ class Reduced(_Event):
     payload_bytes: int
     weights: tuple[tuple[str, float], ...]
     """Each contributor's share in the sum."""
+    state: tuple[tuple[str, str], ...] = ()
+    """The server's state after it: (name, digest), sorted."""
 
 
 class ReduceFailed(_Event):

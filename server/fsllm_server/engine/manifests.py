@@ -87,4 +87,7 @@ def links(run: Run, recorded: Sequence[str]) -> Iterator[Link]:
 
 
 def _version(version: Version) -> dict[str, object]:
-    return {"version": version.number, "published": version.digest, "master": version.master}
+    said: dict[str, object] = {"version": version.number, "published": version.digest, "master": version.master}
+    if version.state:
+        said["state"] = dict(version.state)
+    return said

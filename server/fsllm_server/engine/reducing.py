@@ -17,7 +17,7 @@ from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spools
 
 if TYPE_CHECKING:
-    from fsllm_server.reduce.sum import Addend
+    from fsllm_server.reduce.sum import Addend, Step
 
 
 @cache
@@ -58,6 +58,19 @@ def open_updates(
     return tensors, addends
 
 
+def server_step(algorithm: Algorithm, round_: int, base: Version | None, blobs: Blobs) -> Step:
+    """Return the algorithm's step on a base version, with the state that was kept with it.
+
+    Raises:
+        FsllmError: BLOB_UNKNOWN.
+
+    """
+    from fsllm_server.reduce.sum import Step
+
+    kept = {name: blobs.get(bytes.fromhex(digest)) for name, digest in (base.state if base is not None else ())}
+    return Step(algorithm.apply, round_, {**algorithm.state(), **kept})
+
+
 def reduce_updates(
     run: Run, effect: Reduce, blobs: Blobs, spools: Spools, clock: Callable[[], float], stopped: Callable[[], bool]
 ) -> Reduced:
@@ -79,7 +92,7 @@ def reduce_updates(
         base.manifest if base is not None else tensors,
         base,
         addends,
-        algorithm.apply,
+        server_step(algorithm, effect.round, effect.base, blobs),
         WIRE_TYPES[run.plan.wire.element_type],
         blobs,
         stopped=stopped,
@@ -91,4 +104,5 @@ def reduce_updates(
         master=folded.master.digest.hex(),
         payload_bytes=folded.published.manifest.payload_bytes,
         weights=tuple(zip((u.member for u in effect.updates), shares, strict=True)),
+        state=tuple(sorted((name, stored.digest.hex()) for name, stored in folded.state.items())),
     )

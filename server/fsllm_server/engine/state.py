@@ -74,6 +74,13 @@ class Version:
     digest: str
     master: str
     payload_bytes: int
+    state: tuple[tuple[str, str], ...] = ()
+    """The server's state after the round that made it: (name, digest), e.g. of an optimizer's moments."""
+
+    @property
+    def blobs(self) -> list[str]:
+        """The digests of all that is kept of it, each once."""
+        return list(dict.fromkeys([self.digest, self.master, *(digest for _, digest in self.state)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from fsllm_common.errors import FsllmError
 from fsllm_common.round_manifest import ChainCheck, Link, decode, digest
 from fsllm_common.tensors.manifest import WIDTH, WIRE_TYPES, PayloadDigest, validate
 from fsllm_server.engine.manifests import links
-from fsllm_server.engine.reducing import installed_algorithm, open_updates, weigh
+from fsllm_server.engine.reducing import installed_algorithm, open_updates, server_step, weigh
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Commit, Run, Update, Version
 from fsllm_server.reduce import Stopped
@@ -146,7 +146,7 @@ class Verification:
 
     def _examine(self, run: Run, commit: Commit, found: list[str], buffer: Scratch) -> str:
         """Add what is wrong to ``found``; return why nothing was recomputed, if nothing was."""
-        made = [self._blob(digest, buffer) for digest in _blobs_of(commit.version)]
+        made = [self._blob(digest, buffer) for digest in commit.version.blobs]
         found += filter(None, made)
         updates = [contribution.update for contribution in commit.contributions]
         kept = [update for update in updates if self._path(run, update).exists()]
@@ -158,8 +158,9 @@ class Verification:
             found.append(f"the upload of {', '.join(missing)} is missing")
         found += filter(None, [self._upload(run, commit, update, buffer) for update in kept])
         base = run.commits[commit.round - 1].version if commit.round else None
-        if base is not None and (problem := self._blob(base.master, buffer)):
-            found.append(f"its base: {problem}")
+        for blob in [base.master, *(kept for _, kept in base.state)] if base is not None else []:
+            if problem := self._blob(blob, buffer):
+                found.append(f"its base: {problem}")
         if len(found) > before:
             return ""
         return self._recompute(run, commit, base, updates, found)
@@ -185,7 +186,7 @@ class Verification:
                 stored.manifest if stored is not None else tensors,
                 stored,
                 addends,
-                algorithm.apply,
+                server_step(algorithm, commit.round, base, self._blobs),
                 WIRE_TYPES[run.plan.wire.element_type],
                 Digests(lambda written: self._advance(written * readings)),
                 stopped=self._stopped,
@@ -193,9 +194,11 @@ class Verification:
         except FsllmError as error:
             found.append(f"it can not be recomputed: {error.message}")
             return ""
+        committed = dict(commit.version.state)
         for what, made, recorded in (
             ("master", again.master, commit.version.master),
             ("published version", again.published, commit.version.digest),
+            *((f"server's {name}", kept, committed.get(name, "none")) for name, kept in again.state.items()),
         ):
             if made.digest.hex() != recorded:
                 found.append(f"recomputing gives the {what} {made.digest.hex()[:12]}; {recorded[:12]} was committed")
@@ -249,7 +252,7 @@ class Verification:
         """Return about how many bytes looking at a round takes."""
         elements = commit.version.payload_bytes // WIDTH[WIRE_TYPES[run.plan.wire.element_type]]
         master = elements * WIDTH[ELEMENT_TYPE_FLOAT32]
-        made = commit.version.payload_bytes + (master if len(_blobs_of(commit.version)) > 1 else 0)
+        made = commit.version.payload_bytes + master * (len(commit.version.blobs) - 1)
         updates = [c.update for c in commit.contributions if self._path(run, c.update).exists()]
         if not updates:
             return made
@@ -270,10 +273,6 @@ def _differences(link: Link, known: Link) -> list[str]:
     now, then = decode(link.body), decode(known.body)
     changed = ", ".join(key for key in then if now.get(key) != then[key])
     return [f"the log in the database was changed since the server read or wrote it: {changed}"]
-
-
-def _blobs_of(version: Version) -> list[str]:
-    return list(dict.fromkeys([version.digest, version.master]))
 
 
 def _said(error: Exception) -> str:

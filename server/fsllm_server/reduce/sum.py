@@ -1,4 +1,4 @@
-"""The SUM reducer: next version = apply(base, sum_k w_k delta_k), in float32, one block after the other.
+"""The SUM reducer: next version = apply(base, sum_k w_k delta_k, state), in float32, one block after the other.
 
 The order of the updates is the caller's (the engine sorts by member), products and sums are separate IEEE operations,
 and nothing depends on when an update arrived: the same set gives the same bits on every machine, so that anyone who
@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
+from fsllm_common.algorithms import Block
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
 from fsllm_common.tensors.manifest import byte_count, element_count
@@ -39,8 +40,8 @@ _LANES: Final = 3
 """Blocks in the making: two are computed while the third is hashed and written. Nobody else needs the processor then:
 all sites wait for the version."""
 
-Apply = Callable[["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"], "npt.NDArray[np.float32]"]
-"""(block of the base, block of the mean delta) -> block of the next version; see algorithms.Algorithm.apply."""
+Apply = Callable[[Block], "npt.NDArray[np.float32]"]
+"""See algorithms.Algorithm.apply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,25 @@ class Folded:
     """float32."""
     published: StoredVersion
     """In the plan's wire type; the same blob when that is float32."""
+    state: Mapping[str, StoredVersion]
+    """The server's state after the step, float32, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The server's step: an algorithm's, in one round."""
+
+    apply: Apply
+    round: int
+    state: Mapping[str, StoredVersion | float]
+    """As the last round has left it, by name; a number stands for a tensor that is the same everywhere."""
 
 
 def fold(
     tensors: Manifest,
     base: StoredVersion | None,
     updates: Sequence[Addend],
-    apply: Apply,
+    step: Step,
     wire: ElementType.ValueType,
     sink: Sink,
     *,
@@ -78,7 +91,7 @@ def fold(
         tensors: Names, shapes and roles: the base's manifest, or that of the one update that is version 0.
         base: The float32 master of the base version; None: the one update is the version itself.
         updates: Deltas of these tensors, in the order to add them.
-        apply: The algorithm's server step; works elementwise.
+        step: What makes the next version of the base, the mean delta and the server's state.
         wire: What the published payload holds.
         sink: Where to: the blobs, or what only takes digests.
         stopped: Asked between blocks.
@@ -89,17 +102,36 @@ def fold(
 
     """
     with ExitStack() as stack:
-        lanes = [stack.enter_context(closing(_Lane(base, updates, apply, wire, stopped))) for _ in range(_LANES)]
-        master = stack.enter_context(sink.create(_typed(tensors, ELEMENT_TYPE_FLOAT32)))
+        lanes = [stack.enter_context(closing(_Lane(base, updates, step, wire, stopped))) for _ in range(_LANES)]
+        whole = _typed(tensors, ELEMENT_TYPE_FLOAT32)
+        master = stack.enter_context(sink.create(whole))
         published: Writer | None = None
         if wire != ELEMENT_TYPE_FLOAT32:
             published = stack.enter_context(sink.create(_typed(tensors, wire)))
-        for block, sent in _in_order(lanes, tensors):
-            master.write(block.view(np.uint8).data)
+        # Version 0 is nobody's step: the state begins with the first.
+        names = step.state if base is not None else ()
+        state = {name: stack.enter_context(sink.create(whole)) for name in names}
+        for made in _in_order(lanes, tensors):
+            master.write(made.version.view(np.uint8).data)
             if published is not None:
-                published.write(sent.view(np.uint8).data)
+                published.write(made.sent.view(np.uint8).data)
+            for name, writer in state.items():
+                writer.write(made.state[name].view(np.uint8).data)
         kept = master.commit()
-        return Folded(kept, published.commit() if published is not None else kept)
+        return Folded(
+            kept,
+            published.commit() if published is not None else kept,
+            {name: writer.commit() for name, writer in state.items()},
+        )
+
+
+class _Made(NamedTuple):
+    """One block of what a fold makes."""
+
+    version: Array
+    sent: npt.NDArray[Any]
+    """The same in the wire's type."""
+    state: Mapping[str, Array]
 
 
 class _Lane:
@@ -109,11 +141,11 @@ class _Lane:
         self,
         base: StoredVersion | None,
         updates: Sequence[Addend],
-        apply: Apply,
+        step: Step,
         wire: ElementType.ValueType,
         stopped: Callable[[], bool],
     ) -> None:
-        self._apply = apply
+        self._step = step
         self._wire = wire
         self._stopped = stopped
         buffer = scratch()
@@ -121,23 +153,32 @@ class _Lane:
             (BlockReader(u.payload, u.element_type, buffer, once=True), np.float32(u.weight)) for u in updates
         ]
         self._base = BlockReader(base.payload, uniform_type(base.manifest), buffer, once=True) if base else None
+        # Each in memory of its own: all of it is looked at together, and changed.
+        self._state = {
+            name: stored
+            if isinstance(stored, float)
+            else BlockReader(stored.payload, ELEMENT_TYPE_FLOAT32, scratch(), once=True)
+            for name, stored in (step.state if base is not None else {}).items()
+        }
         self._mean = np.empty(BLOCK, dtype=np.float32)
         self._product = np.empty(BLOCK, dtype=np.float32)
         if len(updates) <= OPEN_FILES:
             for reader, _ in self._updates:
                 reader.open()
-        if self._base is not None:
-            self._base.open()
+        for kept in (self._base, *self._state.values()):
+            if isinstance(kept, BlockReader):
+                kept.open()
 
     def close(self) -> None:
         """Let the files go."""
         for reader, _ in self._updates:
             reader.close()
-        if self._base is not None:
-            self._base.close()
+        for kept in (self._base, *self._state.values()):
+            if isinstance(kept, BlockReader):
+                kept.close()
 
-    def make(self, tensors: Manifest, start: int, count: int) -> tuple[Array, npt.NDArray[Any]]:
-        """Return the next version's block at ``start``, and the same in the wire's type; valid until the next call.
+    def make(self, tensors: Manifest, start: int, count: int) -> _Made:
+        """Return the block at ``start``; valid until the next call.
 
         Raises:
             FsllmError: NOT_FINITE, naming the tensor; STATE_CORRUPT.
@@ -146,16 +187,25 @@ class _Lane:
         """
         if self._stopped():
             raise Stopped
+        state: dict[str, Array] = {}
         if self._base is None:
-            block = self._updates[0][0].read(start, count)
+            version = self._updates[0][0].read(start, count)
         else:
             mean = self._mean[:count]
             _weighted_sum(self._updates, start, mean, self._product[:count], self._stopped)
-            block = np.ascontiguousarray(self._apply(self._base.read(start, count), mean), dtype=np.float32)
-        sent = narrow(block, self._wire)
-        if block.shape != (count,) or not math.isfinite(square_sum(sent)):
+            state = {
+                name: np.full(count, kept, np.float32) if isinstance(kept, float) else kept.read(start, count)
+                for name, kept in self._state.items()
+            }
+            block = Block(self._step.round, self._base.read(start, count), mean, state)
+            version = np.ascontiguousarray(self._step.apply(block), dtype=np.float32)
+        sent = narrow(version, self._wire)
+        if version.shape != (count,) or not math.isfinite(square_sum(sent)):
             raise _not_finite(tensors, start, sent)
-        return block, sent
+        for name, array in state.items():
+            if not math.isfinite(square_sum(array)):
+                raise FsllmError("NOT_FINITE", f"the server's {name} would hold NaN or Inf")
+        return _Made(version, sent, state)
 
 
 def _weighted_sum(
@@ -173,10 +223,10 @@ def _weighted_sum(
         np.add(total, product, out=total)
 
 
-def _in_order(lanes: Sequence[_Lane], tensors: Manifest) -> Iterator[tuple[Array, npt.NDArray[Any]]]:
+def _in_order(lanes: Sequence[_Lane], tensors: Manifest) -> Iterator[_Made]:
     """Yield what the lanes make of all blocks, in order. While one is looked at, the others compute the next ones."""
     with ThreadPoolExecutor(len(lanes) - 1, "fold") as pool:
-        coming: deque[Future[tuple[Array, npt.NDArray[Any]]]] = deque()
+        coming: deque[Future[_Made]] = deque()
         try:
             elements = sum(map(element_count, tensors.tensors))
             for (start, count), lane in zip(blocks(elements), cycle(lanes), strict=False):

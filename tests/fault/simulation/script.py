@@ -140,7 +140,7 @@ def _plan(chance: random.Random, sites: int, quorum: int) -> Plan:
                 "weighting": "uniform" if noised else chance.choice(["examples", "tokens", "uniform", "capped"]),
                 "weight_cap": 20,
                 "server_learning_rate": chance.choice([1.0, 0.7]),
-                "proximal_mu": 0.1 if proximal else 0.0,
+                "parameters": {"mu": 0.1} if proximal else {},
             },
             "cohort": {
                 "quorum": quorum,

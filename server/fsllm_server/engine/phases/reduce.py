@@ -47,7 +47,7 @@ class Reduce(Phase):
         """Take the version as the candidate."""
         run = turn.run
         if event.job == run.job and run.candidate is None:
-            version = Version(run.round, event.digest, event.master, event.payload_bytes)
+            version = Version(run.round, event.digest, event.master, event.payload_bytes, event.state)
             turn.update(candidate=version, zero=run.zero or version, weights=dict(event.weights), job="")
 
     def reduce_failed(self, turn: Turn, event: ReduceFailed) -> None:
