@@ -5,7 +5,9 @@
 """
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,31 +196,32 @@ def test_three_gibibytes_in_one_tensor(server: ServerProcess, tmp_path: Path) ->
         "evaluate": {"every": 0},
     }
     run = submit(server, plan)
-    peer.attach()
+    peer.attach(seconds=1800)
     peer.answer(peer.order(), done=pb.Done())
     zero, delta = tmp_path / "zero", tmp_path / "delta"
     sparse(zero, size, ones)
     sparse(delta, size, ones)
-    for path in (zero, delta):
-        order = peer.order()
-        manifest = describe([("a", (size // 2,), TENSOR_ROLE_OTHER)], ELEMENT_TYPE_BFLOAT16)
-        digest = PayloadDigest(manifest)
-        digest.update_file(path)
-        manifest.digest = digest.digest()
-        begin = Tensors(manifest, b"").begin(order)
-        upload = peer.channel.stream_stream(
-            "/fsllm.v1.FederationService/Upload",
-            request_serializer=None,
-            response_deserializer=pb.UploadResponse.FromString,
-        )
+    with beating(peer):
+        for path in (zero, delta):
+            order = peer.order()
+            manifest = describe([("a", (size // 2,), TENSOR_ROLE_OTHER)], ELEMENT_TYPE_BFLOAT16)
+            digest = PayloadDigest(manifest)
+            digest.update_file(path)
+            manifest.digest = digest.digest()
+            begin = Tensors(manifest, b"").begin(order)
+            upload = peer.channel.stream_stream(
+                "/fsllm.v1.FederationService/Upload",
+                request_serializer=None,
+                response_deserializer=pb.UploadResponse.FromString,
+            )
 
-        def frames(begin: pb.UploadBegin = begin, path: Path = path) -> Iterator[bytes]:
-            yield pb.UploadRequest(begin=begin).SerializeToString()
-            yield from read_chunks(path)
+            def frames(begin: pb.UploadBegin = begin, path: Path = path) -> Iterator[bytes]:
+                yield pb.UploadRequest(begin=begin).SerializeToString()
+                yield from read_chunks(path)
 
-        kinds = [response.WhichOneof("kind") for response in upload(frames(), timeout=1800)]
-        assert kinds[-2:] == ["ready", "receipt"]
-    done = await_run(server, run)
+            kinds = [response.WhichOneof("kind") for response in upload(frames(), timeout=1800)]
+            assert kinds[-2:] == ["ready", "receipt"]
+        done = await_run(server, run)
     assert done.commits[-1].version.payload_bytes == size
     export = server.channel(server.operator()).unary_stream(
         "/fsllm.v1.ControlService/ExportRun",
@@ -234,6 +237,25 @@ def test_three_gibibytes_in_one_tensor(server: ServerProcess, tmp_path: Path) ->
     assert isinstance(piece, Piece)
     assert (piece.offset, bytes(piece.data)) == (2 * GIB, bytes(CHUNK))
     middle.cancel()
+
+
+@contextmanager
+def beating(peer: Peer) -> Iterator[None]:
+    """Let a peer say now and then that it lives, as a daemon does."""
+    stream, done = peer.stream, threading.Event()
+    assert stream is not None
+
+    def beat() -> None:
+        while not done.wait(10):
+            stream.put(pb.AttachRequest(heartbeat=pb.Heartbeat()))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def await_run(server: ServerProcess, run: str) -> control.Run:

@@ -33,9 +33,9 @@ SERVICE = "/fsllm.v1.FederationService"
 class Stream:
     """A bidirectional call whose requests are put in one by one."""
 
-    def __init__(self, method: Any) -> None:  # noqa: ANN401 - a multi-callable
+    def __init__(self, method: Any, seconds: float = DEADLINE) -> None:  # noqa: ANN401 - a multi-callable
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.call = method(iter(self._requests.get, None), timeout=DEADLINE)
+        self.call = method(iter(self._requests.get, None), timeout=seconds)
 
     def put(self, request: Any) -> None:  # noqa: ANN401 - bytes or a message
         """Send a request."""
@@ -103,9 +103,9 @@ class Peer:
         self.stub = FederationServiceStub(self.channel)
         self.stream: Stream | None = None
 
-    def attach(self, *held: str, version: int = PROTOCOL_VERSION) -> Stream:
+    def attach(self, *held: str, version: int = PROTOCOL_VERSION, seconds: float = DEADLINE) -> Stream:
         """Open the Attach stream, send Hello, and wait for Welcome."""
-        self.stream = Stream(self.stub.Attach)
+        self.stream = Stream(self.stub.Attach, seconds)
         hello = pb.Hello(protocol_version=version, software_version="test", held_orders=held)
         self.stream.put(pb.AttachRequest(hello=hello))
         welcome = self.stream.get().welcome
