@@ -19,7 +19,6 @@ from typing import Annotated, Final, Literal, NamedTuple, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -34,6 +33,7 @@ from fsllm_common.errors import ModelUnusable, PolicyRefused, Refused, SettingsI
 from fsllm_common.files import write_atomic
 from fsllm_common.plan import Plan
 from fsllm_common.plan.schema import Clip, Noise
+from fsllm_common.section import Section
 
 Role = Literal["site", "evaluator"]
 AdapterKind = Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"]
@@ -63,12 +63,6 @@ def _hours(text: str) -> str:
 
 
 Hours = Annotated[str, AfterValidator(_hours)]
-
-
-class Section(BaseModel):
-    """A table of the policy file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Accept(Section):

@@ -39,8 +39,8 @@ def local_rule(plan: Plan) -> LocalRule:
         PlanInvalid: No installed package registers the algorithm.
 
     """
-    algorithm = algorithm_class(plan.algorithm.name)
-    return algorithm.local_rule(plan, algorithm.parameters_type.model_validate(plan.algorithm.parameters))
+    algorithm = algorithm_class(plan.algorithm.name)(plan)
+    return algorithm.local_rule(plan, algorithm.parameters)
 
 
 def algorithm_names() -> list[str]:

@@ -43,5 +43,4 @@ class FedAvg(Algorithm):
 
     def rate(self, block: Block) -> np.float32:
         """Return the server's learning rate as the blocks' type."""
-        said = self.plan.algorithm.server_learning_rate
-        return block.base.dtype.type(said if said is not None else self.server_learning_rate)
+        return block.base.dtype.type(self.learning_rate(self.plan))

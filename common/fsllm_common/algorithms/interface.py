@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from fsllm_common.section import Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from fsllm_common.plan import Plan
 
 
-class Parameters(BaseModel):
+class Parameters(Section):
     """What a plan may say under ``algorithm.parameters``: a method's own, each with a default and a description."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +108,12 @@ class Algorithm(ABC):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.parameters = self.parameters_type.model_validate(plan.algorithm.parameters)
+
+    @classmethod
+    def learning_rate(cls, plan: Plan) -> float:
+        """Return the server's learning rate: the plan's, or the method's own where the plan says nothing."""
+        said = plan.algorithm.server_learning_rate
+        return said if said is not None else cls.server_learning_rate
 
     def state(self) -> Mapping[str, float]:
         """Return the server's state: names of tensors as large as the adapter, and what each element is at first."""

@@ -97,11 +97,7 @@ def _with_parameters(plan: Plan) -> Plan:
             for one in error.errors(include_url=False)
         )
         raise PlanInvalid(f"{told}; {plan.algorithm.name} knows: {known}") from error
-    rate = plan.algorithm.server_learning_rate
-    filled = {
-        "parameters": parameters.model_dump(),
-        "server_learning_rate": rate if rate is not None else algorithm.server_learning_rate,
-    }
+    filled = {"parameters": parameters.model_dump(), "server_learning_rate": algorithm.learning_rate(plan)}
     return plan.model_copy(update={"algorithm": plan.algorithm.model_copy(update=filled)})
 
 

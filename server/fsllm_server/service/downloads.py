@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fsllm.v1.federation_pb2 import DownloadRequest, DownloadResponse
 from fsllm_common.telemetry.metrics import ServerMetrics
@@ -66,7 +66,7 @@ class Downloads:
             async with aclosing(send_version(stored, request.offset)) as frames:
                 size = 1
                 while size:
-                    async with self._turn(member):
+                    async with self._members[member], self._chunks:
                         frame = await anext(frames, b"")
                         if size := len(frame):
                             yield frame
@@ -75,8 +75,3 @@ class Downloads:
                     self._metrics.sent_bytes.inc(size)
                     self._engine.touch(member, request.run_id)
         self._metrics.download_seconds.observe(time.monotonic() - began)
-
-    @asynccontextmanager
-    async def _turn(self, member: str) -> AsyncIterator[None]:
-        async with self._members[member], self._chunks:
-            yield
