@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup setup-dev demo test lint simulate chaos fuzz bench bench-peers bench-growth smollm2 clean
+.PHONY: help setup setup-dev demo test lint simulate chaos fuzz bench bench-peers bench-growth methods smollm2 clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -52,6 +52,9 @@ bench: setup ## Seconds a round, memory and training throughput, measured and wr
 
 bench-peers: setup ## The same rounds on NVIDIA FLARE and Flower, in environments of their own.
 	$(BIN)/python -m fsllm_bench.peers --write docs/performance.md
+
+methods: setup ## Every method on small federations, iid and skewed, and under attack; written to docs/measurements.md.
+	$(BIN)/python -m fsllm_bench.methods --write docs/measurements.md
 
 bench-growth: setup ## 500 idle sites, and 100 rounds in a row.
 	$(BIN)/python -m fsllm_bench.growth --write docs/performance.md

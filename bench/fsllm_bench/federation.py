@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,14 +38,31 @@ class Federation:
         return self.folder / "logs" / f"{name}.log"
 
     def start_site(
-        self, name: str, data: Path, *options: str, models: Mapping[str, Path] = MappingProxyType({})
+        self,
+        name: str,
+        data: Path,
+        *options: str,
+        models: Mapping[str, Path] = MappingProxyType({}),
+        role: str = "site",
+        policy: str = "",
+        program: Sequence[str] = (),
     ) -> None:
-        """Invite a site and start its daemon, whose policy allows ``models`` (folders by the plan's name)."""
+        """Invite a member and start its daemon.
+
+        Args:
+            name: Of the member.
+            data: Its rows.
+            options: Of the daemon.
+            models: What its policy allows: folders by the plan's name.
+            role: site or evaluator.
+            policy: More of its policy, TOML.
+            program: What to start in place of ``fsllm-client``, with the same options.
+
+        """
         join = self.folder / f"{name}.join"
-        self.fsllm("site", "invite", name, "--host", "localhost", "-o", str(join))
-        self.daemons.start(
-            name, [*site_command(self.port, data, join, self.folder / name, models), "--metrics-port", "0", *options]
-        )
+        self.fsllm("site", "invite", name, "--role", role, "--host", "localhost", "-o", str(join))
+        usual, *arguments = site_command(self.port, data, join, self.folder / name, models, policy)
+        self.daemons.start(name, [*(program or (usual,)), *arguments, "--metrics-port", "0", *options])
 
     def fsllm(self, *arguments: str) -> str:
         """Run the operator's command and return what it printed."""
@@ -105,11 +122,14 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def site_command(port: int, data: Path, join: Path, state: Path, models: Mapping[str, Path]) -> list[str]:
-    """Write the policy of a site of this host, and return the command that starts its daemon."""
+def site_command(
+    port: int, data: Path, join: Path, state: Path, models: Mapping[str, Path], more: str = ""
+) -> list[str]:
+    """Write the policy of a site of this host (``more``: its other tables), and return what starts its daemon."""
     state.mkdir(parents=True, mode=0o700)
     policy = state / "policy.toml"
-    policy.write_text("[models]\n" + "".join(f"{name} = {json.dumps(str(path))}\n" for name, path in models.items()))
+    allowed = "".join(f"{name} = {json.dumps(str(path))}\n" for name, path in models.items())
+    policy.write_text(f"[models]\n{allowed}{more}")
     return [
         command("fsllm-client"),
         *("--server", f"localhost:{port}", "--data", str(data), "--join", str(join)),

@@ -100,7 +100,7 @@ class Site:
         if order.kind == ORDER_KIND_BUILD:
             manifest = synthetic.write_version_zero(plan, payload)
         else:
-            base = await self._downloader.fetch(order.run_id, order.base.digest)
+            (base,) = await self._downloader.fetch(order.run_id, order.base)
             value = synthetic.delta_value(self._name, order.round)
             manifest = synthetic.write_delta(plan, base.manifest, value, payload)
         begin = UploadBegin(

@@ -112,6 +112,30 @@ def accept(run: str, settings: SiteSettings) -> None:
 
 
 @main.command()
+@click.argument("run")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace an adapter that is in FOLDER.")
+@settings_options(SiteSettings)
+@_json
+def export(run: str, folder: Path, force: bool, settings: SiteSettings, as_json: bool) -> None:
+    """Write the adapter that a personalised RUN has made for this site alone to FOLDER, as PEFT loads it."""
+    from fsllm_client.site.own_adapter import export_own
+    from fsllm_client.site.runs import RunBook
+
+    state = StateFolder.existing(settings.state_dir)
+    book = RunBook(state.runs)
+    found = book.find(run)
+    own = export_own(state.private(found.run_id), book.plan(found.run_id), folder, force=force)
+    if as_json:
+        click.echo(json.dumps({"run_id": found.run_id, "folder": str(folder), **asdict(own)}, indent=2))
+        return
+    made = f", of version {own.version}" if own.version is not None else ""
+    if own.round != own.version:
+        made += f" and what this site has trained in round {own.round}"
+    click.echo(f"Wrote this site's own adapter of {found.run_id} ({found.name}){made}: {own.tensors} tensors, {folder}")
+
+
+@main.command()
 @settings_options(SiteSettings)
 @_json
 def ledger(settings: SiteSettings, as_json: bool) -> None:
@@ -147,7 +171,8 @@ def explain(plan: Path, role: Any, settings: SiteSettings, as_json: bool) -> Non
     from fsllm_common.plan import plan_from_file
 
     path = settings.policy or StateFolder(settings.state_dir, make=False).policy
-    policy = Policy.read(path) if path.exists() else Policy()
+    # A file that was named has to be there; without one the daemon would begin with the defaults, too.
+    policy = Policy.read(path) if settings.policy is not None or path.exists() else Policy()
     found = explain_plan(plan_from_file(plan), policy, role, Machine.look())
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))

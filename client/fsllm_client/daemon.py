@@ -18,7 +18,6 @@ from fsllm.v1.federation_pb2 import (
     Declined,
     Done,
     Failed,
-    Metric,
     Order,
     OrderKind,
     Welcome,
@@ -60,6 +59,7 @@ DECLINING: Final = frozenset(
         "DATA_INVALID",
         "MODEL_MISSING",
         "MODEL_UNSUITABLE",
+        "NO_GLOBAL_MODEL",
         "PLAN_INVALID",
         "SETTING_INVALID",
         "TRAINER_MISSING",
@@ -108,6 +108,7 @@ class Daemon:
         self._in_hand: dict[str, InHand] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._reloaded = asyncio.Event()
+        self._untidy = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -171,7 +172,8 @@ class Daemon:
             loop.add_signal_handler(number, stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         notify("READY=1")
-        await _first(self._attachment.run(), keep_renewed(link, self._state.identity, self._metrics), stopping.wait())
+        renewal = keep_renewed(link, self._state.identity, self._metrics)
+        await _first(self._attachment.run(), renewal, self._keep_tidy(), stopping.wait())
         notify("STOPPING=1")
         log.info("stopping")
 
@@ -189,7 +191,8 @@ class Daemon:
     # What the attachment tells: see link.attach.Listener.
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Log who we are to the server."""
+        """Log who we are to the server, and ask it what has become of results that were left here."""
+        self._untidy.set()
         log.info(
             "attached",
             federation=welcome.federation,
@@ -240,13 +243,14 @@ class Daemon:
                 log.info(f"order {outcome}", seconds=round(loop.time() - began, 2))
             finally:
                 self._in_hand.pop(order.order_id, None)
+                self._untidy.set()
                 self._metrics.orders.labels(kind, outcome).inc()
                 self._metrics.order_seconds.labels(kind).observe(loop.time() - began)
 
     async def _answer_to(self, order: Order, kind: str) -> Answer:
         """Return the final answer; without an outcome when the result was uploaded instead."""
         try:
-            metrics = await self._attempt(order, kind)
+            done = await self._attempt(order, kind)
         except FsllmError as error:
             log.warning(f"{kind} order not done", reason=error.reason, error=error.message, cure=error.cure)
             if isinstance(error, PolicyRefused) or (error.reason in DECLINING and kind != "train"):
@@ -258,11 +262,9 @@ class Daemon:
             return Answer(
                 order_id=order.order_id, failed=Failed(reason="INTERNAL", message="A bug at the site; see its log")
             )
-        if metrics is None:
-            return Answer(order_id=order.order_id)
-        return Answer(order_id=order.order_id, done=Done(metrics=metrics))
+        return Answer(order_id=order.order_id, done=done)
 
-    async def _attempt(self, order: Order, kind: str) -> list[Metric] | None:
+    async def _attempt(self, order: Order, kind: str) -> Done | None:
         if not _RUN_ID.fullmatch(order.run_id):  # it names folders and files here
             raise FsllmError("ORDER_UNKNOWN", "The run's id is not of letters, digits, '-' and '_'")
         plan = plan_from_json(order.plan)
@@ -305,6 +307,15 @@ class Daemon:
             job = Job(job.order, job.plan, self._policy, job.reporter)
             await self._work.refuse(job)
         return job
+
+    async def _keep_tidy(self) -> None:
+        while True:
+            await self._untidy.wait()
+            self._untidy.clear()
+            try:
+                await self._work.deliveries.tidy(self._turns)
+            except FsllmError as error:  # the next attachment, or the next order's end, is another chance
+                log.warning("results may be left in the outbox", reason=error.reason, error=error.message)
 
     async def _drop_everything(self) -> None:
         """End the orders in hand; the server will send them again."""

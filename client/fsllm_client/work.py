@@ -18,11 +18,13 @@ from fsllm.v1.federation_pb2 import (
     ORDER_KIND_EVALUATE,
     ORDER_KIND_JOIN,
     ORDER_KIND_TRAIN,
+    Done,
     Metric,
     Order,
     UploadBegin,
 )
 from fsllm.v1.tensors_pb2 import Manifest
+from fsllm_client.delivering import Deliveries
 from fsllm_client.link.download import CachedVersion, Downloader
 from fsllm_client.link.upload import Uploader
 from fsllm_client.reporting import Reporter
@@ -31,12 +33,13 @@ from fsllm_client.site import payloads, synthetic
 from fsllm_client.site.model import check_model_digest
 from fsllm_client.site.outbox import Outbox, Parcel
 from fsllm_client.site.policy import PlanNoise, Policy, Role
-from fsllm_client.site.privacy import PrivacyBudget, closed_form, noise_of, trains
+from fsllm_client.site.privacy import PrivacyBudget, closed_form, noise_of, part_in, trains
 from fsllm_client.site.state import StateFolder
 from fsllm_client.trainer.orders import Advanced, Build, Evaluate, Finished, Prepare, Train
 from fsllm_client.workshop import Workshop, account
-from fsllm_common.errors import FsllmError, InputError
-from fsllm_common.failpoints import reach
+from fsllm_common.algorithms import algorithm_class
+from fsllm_common.errors import FsllmError, InputError, ModelUnusable
+from fsllm_common.files import make_folder
 from fsllm_common.plan import Plan
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ClientMetrics
@@ -45,9 +48,6 @@ if TYPE_CHECKING:
     from fsllm_client.trainer.supervisor import Trainer
 
 log = get_logger()
-
-_USELESS: Final = frozenset({"MANIFEST_INVALID", "NOT_FINITE", "NORM_TOO_LARGE", "UPDATE_CONFLICT", "STATE_CORRUPT"})
-"""Refusals after which a result is of no use to anyone and leaves the outbox."""
 
 _BUILD_BASE: Final = b""
 """Version 0 has no base."""
@@ -99,11 +99,11 @@ class Work:
     ) -> None:
         self._means = means
         self._downloader = downloader
-        self._uploader = uploader
         self._workshop = workshop
         self._budget = budget
         self._metrics = metrics
         self._outbox = Outbox(means.state.outbox)
+        self.deliveries = Deliveries(self._outbox, uploader, means.state)
         # What orders of an earlier process left to the trainer; each is made anew when it is needed.
         for pattern in ("*.safetensors", "*.payload"):
             for left in means.state.trainer.glob(pattern):
@@ -116,17 +116,20 @@ class Work:
             FsllmError: POLICY_REFUSED, MODEL_MISSING, TRAINER_MISSING, PLAN_INVALID.
 
         """
-        job.policy.refuse(job.plan, self._means.member.role)
+        job.policy.refuse(job.plan, self._part(job.plan))
         if not trains(job.plan):
             return
         if not self._means.trainer_installed:
             raise InputError("TRAINER_MISSING", f"{self._means.member.name} has no training stack")
+        if self._means.member.role == "evaluator" and algorithm_class(job.plan.algorithm.name)(job.plan).personalised:
+            message = f"{job.plan.algorithm.name} makes a model for each site; an evaluator would measure none of them"
+            raise ModelUnusable("NO_GLOBAL_MODEL", message)
         job.policy.model_folder(job.plan.model.name)
         if (noise := self._noise(job.plan)) is not None:
             await self._budget.refuse_plan(job.plan, job.order.run_id, job.policy, noise)
 
-    async def do(self, job: Job) -> list[Metric] | None:
-        """Carry out an order; return the metrics of Done, or None when the result was uploaded.
+    async def do(self, job: Job) -> Done | None:
+        """Carry out an order; return what to answer, or None when the result was uploaded.
 
         Raises:
             FsllmError: Why it can not be done.
@@ -149,7 +152,7 @@ class Work:
 
     # JOIN: is everything here that the run needs?
 
-    async def _join(self, job: Job) -> list[Metric]:
+    async def _join(self, job: Job) -> Done:
         if trains(job.plan):
             folder = job.policy.model_folder(job.plan.model.name)
             if folder is not None and job.plan.model.digest is not None:
@@ -157,9 +160,9 @@ class Work:
             async with self._trainer(job):
                 counts = self._workshop.finished.counts
             log.info("prepared", **counts)
-            if self._means.member.role == "site":
+            if self._part(job.plan) == "site":
                 job.policy.refuse_rows(counts.get("train_rows", 0))
-        return []
+        return Done(rank=self._rank(job))
 
     # BUILD and CHECK: version 0.
 
@@ -176,15 +179,15 @@ class Work:
             parcel = self._outbox.commit(begin, durable=trains(job.plan))
         await self._deliver(job, parcel)
 
-    async def _check(self, job: Job) -> list[Metric]:
+    async def _check(self, job: Job) -> Done:
         theirs = await self._fetch(job)
         own = self._scratch(job, "payload")
         try:
             mine = CachedVersion(await self._version_zero(job, own), own)
-            await asyncio.to_thread(payloads.refuse_difference, mine, theirs, job.plan)
+            await asyncio.to_thread(payloads.refuse_difference, mine, theirs, job.plan, self._rank(job))
         finally:
             own.unlink(missing_ok=True)
-        return []
+        return Done()
 
     async def _version_zero(self, job: Job, payload: Path) -> Manifest:
         """Write this site's own version 0 and return its manifest."""
@@ -193,8 +196,8 @@ class Work:
         adapter = self._scratch(job, "safetensors")
         try:
             async with self._trainer(job) as trainer:
-                await trainer.run(Build(adapter=adapter), self._watch(job))
-            return await asyncio.to_thread(payloads.encode_adapter, adapter, payload)
+                await trainer.run(Build(adapter=adapter, rank=job.plan.adapter.rank), self._watch(job))
+            return await asyncio.to_thread(payloads.encode_adapter, adapter, job.plan, payload)
         finally:
             adapter.unlink(missing_ok=True)
 
@@ -202,10 +205,10 @@ class Work:
 
     async def _train(self, job: Job) -> None:
         order, noise, clock = job.order, self._noise(job.plan), RoundClock(self._metrics)
-        self._outbox.remove_before(order.run_id, order.round)
+        await self.deliveries.settle_before(order.run_id, order.round)
         parcel = self._outbox.find(order.run_id, order.round, order.base.digest)
         if parcel is None:
-            job.policy.refuse(job.plan, self._means.member.role)
+            job.policy.refuse(job.plan, self._part(job.plan))
             try:
                 parcel = await (self._make_delta(job, noise, clock) if trains(job.plan) else self._make_up_delta(job))
             except FsllmError:
@@ -234,7 +237,7 @@ class Work:
                     metrics["epsilon"] = spent.run
                     self._metrics.epsilon.labels(order.run_id).set(spent.run)
                 private = state.private(order.run_id)
-                private.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folder(private)
                 train = Train(round=order.round, base=base, delta=delta, resume=private)
                 done = await trainer.run(train, self._watch(job, clock))
             payload = self._outbox.prepare(order.run_id, order.round, order.base.digest)
@@ -249,22 +252,20 @@ class Work:
         self._metrics.tokens.inc(done.counts.get("tokens", 0))
         if "gpu_memory_bytes" in done.metrics:
             self._metrics.gpu_memory_bytes.set(done.metrics["gpu_memory_bytes"])
-        return self._outbox.commit(self._announcement(job, manifest, done.counts, metrics))
+        return self._outbox.commit(self._announcement(job, manifest, done, metrics))
 
     async def _make_up_delta(self, job: Job) -> Parcel:
         """Make the noop algorithm's delta. It has a closed form, so neither its payload nor its parcel is synced."""
         order = job.order
-        base = await self._fetch(job)
+        (base,) = await self._fetch(job)  # in one piece
         payload = self._outbox.prepare(order.run_id, order.round, order.base.digest)
         value = synthetic.delta_value(self._means.member.name, order.round)
         manifest = await asyncio.to_thread(synthetic.write_delta, job.plan, base.manifest, value, payload)
-        counts = {"examples": 1, "tokens": 1, "steps": 1}
-        return self._outbox.commit(self._announcement(job, manifest, counts, {}), durable=False)
+        done = Finished(counts={"examples": 1, "tokens": 1, "steps": 1})
+        return self._outbox.commit(self._announcement(job, manifest, done, {}), durable=False)
 
-    def _announcement(
-        self, job: Job, manifest: Manifest, counts: dict[str, int], metrics: dict[str, float]
-    ) -> UploadBegin:
-        order = job.order
+    def _announcement(self, job: Job, manifest: Manifest, done: Finished, metrics: dict[str, float]) -> UploadBegin:
+        order, counts = job.order, done.counts
         noised = self._noise(job.plan) is not None
         leaving = job.policy.update_metrics(metrics, noised=noised)
         # The noise does not cover exact counts. A plan with noise weighs uniformly, so nobody needs them.
@@ -278,58 +279,49 @@ class Work:
             tokens=tokens,
             steps=counts.get("steps", 0),
             metrics=[Metric(name=name, value=value) for name, value in leaving.items()],
+            model_digest=bytes.fromhex(done.model_digest),
         )
 
     # EVALUATE
 
-    async def _evaluate(self, job: Job) -> list[Metric]:
+    async def _evaluate(self, job: Job) -> Done:
         wanted = job.policy.evaluation_metrics(job.plan)
         if not trains(job.plan) or not wanted:
-            return []
+            return Done()
         adapter = await self._adapter_file(job)
         async with self._trainer(job) as trainer:
-            done: Finished = await trainer.run(Evaluate(adapter=adapter), self._watch(job))
+            private = self._means.state.private(job.order.run_id)
+            evaluate = Evaluate(adapter=adapter, version=job.order.base.number, resume=private)
+            done: Finished = await trainer.run(evaluate, self._watch(job))
         if "loss" in done.metrics:
             self._metrics.loss.labels(job.order.run_id).set(done.metrics["loss"])
         weight = {"exact_match": done.counts.get("examples", 0)}
         tokens = done.counts.get("tokens", 0)
-        return [
+        metrics = [
             Metric(name=name, value=done.metrics[name], weight=weight.get(name, tokens))
             for name in wanted
             if name in done.metrics
         ]
+        return Done(metrics=metrics)
 
     # What several of them need.
 
     async def _deliver(self, job: Job, parcel: Parcel) -> None:
-        """Send a parcel; it leaves the outbox with the receipt, or when nobody can want it any more.
-
-        Raises:
-            FsllmError: The server's refusal.
-
-        """
         # The same result may go out under a later order than the one it was made for.
         parcel.begin.order_id = job.order.order_id
-        try:
-            receipt = await self._uploader.deliver(parcel, job.reporter.advance)
-        except FsllmError as error:
-            if error.reason in _USELESS:
-                self._outbox.remove(parcel)
-            raise
-        reach("receipt.received")
-        self._outbox.remove(parcel)
-        reach("parcel.removed")
-        log.info(
-            "delivered", bytes=receipt.payload_bytes, digest=receipt.digest.hex()[:12], duplicate=receipt.duplicate
-        )
+        await self.deliveries.deliver(parcel, job.reporter.advance)
 
-    async def _fetch(self, job: Job) -> CachedVersion:
-        return await self._downloader.fetch(job.order.run_id, job.order.base.digest, job.advance("downloading"))
+    def _rank(self, job: Job) -> int:
+        """Return the rank of this site's adapter."""
+        return job.policy.rank(job.plan, self._part(job.plan))
+
+    async def _fetch(self, job: Job) -> list[CachedVersion]:
+        return await self._downloader.fetch(job.order.run_id, job.order.base, job.advance("downloading"))
 
     async def _adapter_file(self, job: Job) -> Path:
         """Return the order's base version as a file for the trainer, one a run."""
         version = await self._fetch(job)
-        target = self._means.state.trainer / f"{job.order.run_id}-{version.manifest.digest.hex()[:16]}.safetensors"
+        target = self._means.state.trainer / f"{job.order.run_id}-{job.order.base.digest.hex()[:16]}.safetensors"
         if not target.exists():
             for old in self._means.state.trainer.glob(f"{job.order.run_id}-*.safetensors"):
                 old.unlink()
@@ -345,10 +337,10 @@ class Work:
             )
         prepare = Prepare(
             run_id=job.order.run_id,
-            plan=job.plan,
+            plan=job.plan.with_rank(self._rank(job)),
             model=folder,
             data=self._means.data,
-            role=self._means.member.role,
+            role=self._part(job.plan),
             deepspeed_config=self._means.deepspeed_config,
         )
         return self._workshop.prepared(prepare, self._watch(job))
@@ -372,4 +364,7 @@ class Work:
         return self._means.state.trainer / f"{job.order.run_id}.{job.order.kind}.{kind}"
 
     def _noise(self, plan: Plan) -> PlanNoise | None:
-        return noise_of(plan, self._means.member.role)
+        return noise_of(plan, self._part(plan))
+
+    def _part(self, plan: Plan) -> Role:
+        return part_in(plan, self._means.member.role)

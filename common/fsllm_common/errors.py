@@ -87,6 +87,11 @@ REASONS: Final[dict[str, Reason]] = {
         Exit.MODEL,
         "Put the base model on this host and name its folder in the site's policy, under [models].",
     ),
+    "NO_GLOBAL_MODEL": Reason(
+        "FAILED_PRECONDITION",
+        Exit.MODEL,
+        "With this method each site has a model of its own, which the sites measure: no evaluator is needed.",
+    ),
     "MODEL_UNSUITABLE": Reason(
         "FAILED_PRECONDITION",
         Exit.MODEL,
@@ -188,6 +193,12 @@ REASONS: Final[dict[str, Reason]] = {
     "QUORUM_NOT_REACHED": Reason(
         "FAILED_PRECONDITION", Exit.RUN_FAILED, "Get more sites attached or lower cohort.quorum, then resume the run."
     ),
+    "TOO_FEW_UPDATES": Reason(
+        "FAILED_PRECONDITION",
+        Exit.RUN_FAILED,
+        "A robust rule needs more updates than it is to withstand, or one of an evaluator to compare with: start what "
+        "the message names and say `fsllm run resume RUN`; or submit a plan with a higher cohort.quorum.",
+    ),
     "SITE_IDLE": Reason(
         "ABORTED", Exit.REFUSED, "No step and no byte advanced within the plan's idle time; see the site's log."
     ),
@@ -195,6 +206,12 @@ REASONS: Final[dict[str, Reason]] = {
         "FAILED_PRECONDITION",
         Exit.MODEL,
         "This site's base model or libraries differ from the builder's: compare model folders and versions.",
+    ),
+    "MODEL_DIGEST_MISMATCH": Reason(
+        "FAILED_PRECONDITION",
+        Exit.MODEL,
+        "The sites rebuild the model from the same numbers, to the last bit: compare their versions of fsllm and their "
+        "copies of the version; let the odd one out be repaired before it takes part again.",
     ),
     # Uploads and downloads.
     "NOT_WANTED": Reason("FAILED_PRECONDITION", Exit.REFUSED, "The round does not (or no longer) want this update."),

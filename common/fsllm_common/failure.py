@@ -33,3 +33,10 @@ class FailureGroup(click.Group):
             return super().invoke(ctx)
         except FsllmError as error:
             raise Failure(error) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            # Another user's file, a folder where a file should be: it is on this host that something is to be mended.
+            message = f"{error.filename}: {error.strerror}"
+            known = FsllmError("DISK_FAILED", message, cure="Check the path, its owner and its permissions.")
+            raise Failure(known) from error

@@ -9,17 +9,19 @@ round before, so that the last digest of a run stands for all of its history. Ke
     epoch       empty, or the name of the restoration from a back-up since which the run's history goes on from here
     round       0, 1, 2, ...; round r makes version r
     previous    the digest of round r - 1's manifest; null in round 0
-    base        version, published, master, and state where the algorithm has one: what the updates were added to; null
-                in round 0
+    base        version, published, master, and parts and state where the version has any: what the updates were added
+                to; null in round 0
     algorithm   the plan's section: name and parameters
-    reducer     name and version of the arithmetic that added the updates up
+    reducer     name and version of the arithmetic that added the updates up; package: of the algorithm, with its
+                version, where it is not fsllm's own
     updates     in the order of the sum, each with member, digest, element_type (null when it was not recorded),
                 payload_bytes, examples, tokens, steps, and weight, its share in the sum
     adapter_config  BLAKE3 of the adapter's configuration as the builder of version 0 sent it; null after round 0
-    result      version, published, master, state where the algorithm has one, element_type, payload_bytes
+    result      version, published, master, parts and state where the version has any, element_type, payload_bytes
 
-``published`` is the digest of what the sites were given, ``master`` that of the same version in float32, ``state``
-those of the server's tensors by their names, e.g. of an optimizer's moments.
+``published`` is the digest of what the sites were given, ``master`` that of the same version in float32. A version that
+is not one part named adapter has ``parts``: by name the two digests of each, of which the version's own are made
+(fsllm.v1.Version). ``state`` holds the digests of the server's tensors by their names, e.g. of an optimizer's moments.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def _place(manifest: Body, number: int, previous: Body | None, before: str | Non
             if manifest.get(key) != previous.get(key)
         ]
         base, result = manifest.get("base") or {}, previous.get("result") or {}
-        if any(base.get(key) != result.get(key) for key in ("version", "published", "master", "state")):
+        if any(base.get(key) != result.get(key) for key in ("version", "published", "master", "parts", "state")):
             problems.append(f"its base is not the result of round {number - 1}")
     return problems
 

@@ -5,10 +5,12 @@ error of the user's: the caller asks for the number instead.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from fsllm_common.algorithms import FACTORS
 from fsllm_common.errors import ModelUnusable
 from fsllm_common.plan.schema import Adapter
 
@@ -37,9 +39,14 @@ def adapter_parameters(adapter: Adapter, config: Config) -> int | None:
     """Return how many parameters travel for ``adapter`` on a model of this configuration; None when unknown.
 
     Raises:
-        ModelUnusable: MODEL_UNSUITABLE: a target of the plan is no linear layer of the model.
+        ModelUnusable: MODEL_UNSUITABLE: a target of the plan is no linear layer of the model, or a size is missing.
 
     """
+    with _understood(config):
+        return _parameters(adapter, config)
+
+
+def _parameters(adapter: Adapter, config: Config) -> int | None:
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return None
@@ -59,14 +66,55 @@ def adapter_parameters(adapter: Adapter, config: Config) -> int | None:
             return None
         if adapter.targets == "all-linear":
             adapter = adapter.model_copy(update={"targets": chosen})
+    if adapter.kind == "oft" and config["model_type"] == "gpt2":  # PEFT has no rotation for its kind of layer
+        return None
     layers = _targeted(adapter, family(config))
     if layers is None:
         return None
-    if adapter.kind == "ia3":
-        return blocks * sum(layer.inputs if layer.scaled_input else layer.outputs for layer in layers)
-    # A is rank x inputs, B is outputs x rank; DoRA adds a magnitude for each output.
-    magnitude = 1 if adapter.kind == "dora" else 0
-    return blocks * sum(adapter.rank * (layer.inputs + layer.outputs) + magnitude * layer.outputs for layer in layers)
+    return blocks * sum(_of_layer(adapter, layer) for layer in layers)
+
+
+def adapter_shapes(adapter: Adapter, config: Config) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of a LoRA's factors under names of our own; None for other adapters, or where unknown.
+
+    Raises:
+        ModelUnusable: MODEL_UNSUITABLE: a target of the plan is no linear layer of the model, or a size is missing.
+
+    """
+    with _understood(config):
+        return _shapes(adapter, config)
+
+
+def _shapes(adapter: Adapter, config: Config) -> dict[str, tuple[int, ...]] | None:
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None or adapter.kind not in FACTORS or (layers := _targeted(adapter, family(config))) is None:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(_layers(config)):
+        for at, layer in enumerate(layers):
+            module = f"{block}.{at}.{layer.name}"
+            shapes[f"{module}.lora_A.weight"] = (adapter.rank, layer.inputs)
+            shapes[f"{module}.lora_B.weight"] = (layer.outputs, adapter.rank)
+            if adapter.kind == "dora":
+                shapes[f"{module}.lora_magnitude_vector"] = (layer.outputs,)
+    return shapes
+
+
+def _of_layer(adapter: Adapter, layer: Linear) -> int:
+    match adapter.kind:
+        case "ia3":
+            return layer.inputs if layer.scaled_input else layer.outputs
+        case "vera":
+            return adapter.rank + layer.outputs
+        case "lora-xs":
+            return adapter.rank**2  # A and B travel once, with version 0
+        case "oft":
+            # The halves of skew-symmetric matrices, one a block. A size that does not divide is refused by the sites.
+            return (layer.inputs // adapter.block_size) * (adapter.block_size * (adapter.block_size - 1) // 2)
+        case _:
+            # A is rank x inputs, B is outputs x rank; DoRA adds a magnitude for each output.
+            magnitudes = layer.outputs if adapter.kind == "dora" else 0
+            return adapter.rank * (layer.inputs + layer.outputs) + magnitudes
 
 
 def read_config(folder: Path) -> Config:
@@ -92,6 +140,20 @@ def read_config(folder: Path) -> Config:
             "MODEL_MISSING", f"{path} is not a JSON object", cure="Name a folder that holds a model's config.json."
         )
     return config
+
+
+@contextmanager
+def _understood(config: Config) -> Iterator[None]:
+    """Say what is wrong with a configuration that lacks a number, or has something else in its place."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"{error} is not in it" if isinstance(error, KeyError) else str(error)
+        raise ModelUnusable(
+            "MODEL_UNSUITABLE",
+            f"the model's config.json has no layers of a {config.get('model_type')} that can be counted: {what}",
+            cure="Give the folder of a whole model, or the adapter's size: --parameters COUNT.",
+        ) from error
 
 
 def _targeted(adapter: Adapter, linears: tuple[Linear, ...]) -> list[Linear] | None:

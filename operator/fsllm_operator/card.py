@@ -59,7 +59,7 @@ def _facts(
 ) -> str:
     adapter, algorithm = plan["adapter"], plan["algorithm"]
     kind = adapter["kind"]
-    if kind in ("lora", "dora", "rslora"):
+    if kind in ("lora", "dora", "rslora", "lora-xs"):
         kind += f", rank {adapter['rank']}, alpha {adapter['alpha']:g}"
     committed = next((c for c in run.commits if c.version.number == version), None)
     made = committed.at.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M UTC") if committed else "-"

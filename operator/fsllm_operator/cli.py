@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "plan": "fsllm_operator.commands.plan:plan",
     "run": "fsllm_operator.commands.run:run",
     "site": "fsllm_operator.commands.site:site",
+    "tune": "fsllm_operator.commands.tune:tune",
 }
 _SUMMARIES: Final = {
     "demo": "A federation of three sites on this machine, from nothing to an adapter.",
@@ -29,7 +30,11 @@ _SUMMARIES: Final = {
     "plan": "Check a plan, print its schema or an example.",
     "run": "Submit, watch, steer and export runs.",
     "site": "Invite, list and revoke the members of the federation.",
+    "tune": "Search for a plan's best values over runs: a study.",
 }
+
+_EXTRAS: Final = {"demo": "bench", "tune": "tune"}
+"""The commands that stand on more than the base install, and the extra that has it."""
 
 _EPILOG: Final = f"""
 \b
@@ -67,7 +72,7 @@ class Root(FailureGroup):
         """Import a command.
 
         Raises:
-            Failure: TRAINER_MISSING: the demo's packages are not installed.
+            Failure: TRAINER_MISSING: the command's packages are not installed.
 
         """
         place = _COMMANDS.get(cmd_name)
@@ -77,14 +82,13 @@ class Root(FailureGroup):
         try:
             command: click.Command = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
-            # Only the demo stands on more than the base install.
-            if cmd_name != "demo":
+            if cmd_name not in _EXTRAS or (error.name or "").startswith("fsllm"):
                 raise
             raise Failure(
                 InputError(
                     "TRAINER_MISSING",
-                    f"`fsllm demo` needs the package {error.name}, which is not installed",
-                    cure="Install it with the training stack: pip install 'fsllm[bench]'.",
+                    f"`fsllm {cmd_name}` needs the package {error.name}, which is not installed",
+                    cure=f"Install it: pip install 'fsllm[{_EXTRAS[cmd_name]}]'.",
                 )
             ) from error
         return command

@@ -19,7 +19,7 @@ from fsllm_common.errors import FsllmError, SettingsInvalid, Unavailable
 from fsllm_common.files import disk_errors, write_atomic
 from fsllm_common.round_manifest import Link, check_chain, decode
 from fsllm_common.tensors.chunks import Piece, parse_download
-from fsllm_common.tensors.manifest import payload_digest, validate
+from fsllm_common.tensors.manifest import payload_digest, split_part_name, validate, version_digest
 from fsllm_common.tensors.parts import ManifestReader
 from fsllm_operator.as_json import manifest_object
 from fsllm_operator.card import card
@@ -69,21 +69,31 @@ def export_run(connection: Connection, run: Run, folder: Path, version: int | No
     partial = folder / _PARTIAL
     with disk_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
-        manifest = _manifest(connection, run.run_id, number)
+        digest = next(commit.version.digest for commit in run.commits if commit.version.number == number)
         history = connection.manifests(run.run_id)[: number + 1]
         if history:
-            check_history(history, manifest.digest)
-        payload = partial / f"{manifest.digest.hex()}.payload"
+            check_history(history, digest)
+        wanted = _parts(run, number)
+        sources = [_Source(connection, run.run_id, number, part) for part in wanted]
+        manifests = [source.manifest() for source in sources]
+        for (name, expected), manifest in zip(wanted.items(), manifests, strict=True):
+            if manifest.digest != expected:
+                what = f"{name or 'it'} is {expected.hex()[:12]}; the server sends {manifest.digest.hex()[:12]}"
+                raise FsllmError("ROUND_BROKEN", f"Of version {number} {what}")
+        payloads = [partial / f"{manifest.digest.hex()}.payload" for manifest in manifests]
         for stale in partial.iterdir():
-            if stale != payload:
+            if stale not in payloads:
                 stale.unlink()
-        _download(connection, run.run_id, number, manifest, payload)
-        parameters = _install(connection, run, number, manifest, payload, folder)
+        for source, manifest, payload in zip(sources, manifests, payloads, strict=True):
+            _download(source, manifest, payload)
+        parameters = _install(connection, run, number, manifests, payloads, digest, folder)
         if history:
             write_atomic(folder / MANIFESTS, json.dumps([*map(manifest_object, history)], indent=2).encode() + b"\n")
-        payload.unlink()
+        for payload in payloads:
+            payload.unlink()
         partial.rmdir()
-    return Exported(run.run_id, run.name, number, str(folder), len(manifest.tensors), parameters, manifest.digest.hex())
+    tensors = sum(len(manifest.tensors) for manifest in manifests)
+    return Exported(run.run_id, run.name, number, str(folder), tensors, parameters, digest.hex())
 
 
 def check_history(history: Sequence[RoundManifest], digest: bytes) -> None:
@@ -117,51 +127,77 @@ def _number(run: Run, version: int | None) -> int:
     return version
 
 
-def _stream(
-    connection: Connection, run_id: str, version: int, offset: int = 0
-) -> Generator[Manifest | Piece, None, None]:
-    """Yield the manifest of a version, then the chunks of its payload from ``offset`` on, checksums verified."""
-    request = ExportRunRequest(run_id=run_id, version=version, offset=offset)
-    call = connection.exports(request)
-    reader = ManifestReader()
-    try:
-        for wire in call:
-            match parse_download(wire):
-                case Piece() as piece:
-                    yield piece
-                case message:
-                    if (manifest := reader.take(message)) is not None:
-                        yield manifest
-    except grpc.RpcError as error:
-        raise explain(error, connection.server) from error
-    finally:
-        call.cancel()
+def _parts(run: Run, version: int) -> dict[str, bytes]:
+    """Return the digests of a version's parts by name, of the largest rank where it has several.
+
+    A version in one piece is one part without a name.
+
+    Raises:
+        FsllmError: ROUND_BROKEN: the version is not made of the parts that the server names.
+
+    """
+    of = next(commit.version for commit in run.commits if commit.version.number == version)
+    if not of.parts:
+        return {"": of.digest}
+    if version_digest([(part.name, part.digest.hex()) for part in of.parts]) != of.digest.hex():
+        raise FsllmError("ROUND_BROKEN", f"Version {version} is not made of the parts that the server names")
+    ranks = {part.name: split_part_name(part.name)[1] for part in of.parts}
+    largest = max(ranks.values())
+    return {part.name: part.digest for part in of.parts if ranks[part.name] in (0, largest)}
 
 
-def _manifest(connection: Connection, run_id: str, version: int) -> Manifest:
-    stream = _stream(connection, run_id, version)
-    first = next(stream, None)
-    stream.close()
-    if not isinstance(first, Manifest):
-        raise Unavailable("CHUNK_CORRUPT", f"The server sent no manifest for version {version}")
-    validate(first)
-    return first
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a part of a version comes from."""
+
+    connection: Connection
+    run_id: str
+    version: int
+    part: str
+
+    def stream(self, offset: int = 0) -> Generator[Manifest | Piece, None, None]:
+        """Yield the manifest, then the chunks of the payload from ``offset`` on, checksums verified."""
+        request = ExportRunRequest(run_id=self.run_id, version=self.version, offset=offset, part=self.part)
+        call = self.connection.exports(request)
+        reader = ManifestReader()
+        try:
+            for wire in call:
+                match parse_download(wire):
+                    case Piece() as piece:
+                        yield piece
+                    case message:
+                        if (manifest := reader.take(message)) is not None:
+                            yield manifest
+        except grpc.RpcError as error:
+            raise explain(error, self.connection.server) from error
+        finally:
+            call.cancel()
+
+    def manifest(self) -> Manifest:
+        """Return what comes first."""
+        stream = self.stream()
+        first = next(stream, None)
+        stream.close()
+        if not isinstance(first, Manifest):
+            raise Unavailable("CHUNK_CORRUPT", f"The server sent no manifest for version {self.version}")
+        validate(first)
+        return first
 
 
-def _download(connection: Connection, run_id: str, version: int, manifest: Manifest, payload: Path) -> None:
+def _download(source: _Source, manifest: Manifest, payload: Path) -> None:
     """Fetch what is missing of the payload and verify the whole; a wrong whole is fetched once more from the start."""
     for again in (True, False):
-        _fetch(connection, run_id, version, manifest, payload)
+        _fetch(source, manifest, payload)
         if payload_digest(manifest, payload) == manifest.digest:
             return
         payload.unlink()
         if not again:
             raise Unavailable(
-                "DIGEST_MISMATCH", f"The payload of version {version} does not match its manifest's digest"
+                "DIGEST_MISMATCH", f"The payload of version {source.version} does not match its manifest's digest"
             )
 
 
-def _fetch(connection: Connection, run_id: str, version: int, manifest: Manifest, payload: Path) -> None:
+def _fetch(source: _Source, manifest: Manifest, payload: Path) -> None:
     """Append what is missing, taking a broken stream up again as long as bytes advance."""
     left = _ATTEMPTS
     with payload.open("ab") as file:
@@ -169,7 +205,7 @@ def _fetch(connection: Connection, run_id: str, version: int, manifest: Manifest
             file.truncate(0)
         while (start := file.tell()) < manifest.payload_bytes:
             try:
-                _append(_stream(connection, run_id, version, start), manifest, file)
+                _append(source.stream(start), manifest, file)
             except Unavailable as error:
                 left = _ATTEMPTS if file.tell() > start else left - 1
                 if not left:
@@ -191,23 +227,42 @@ def _append(stream: Iterable[Manifest | Piece], manifest: Manifest, file: Binary
         raise Unavailable("CHUNK_CORRUPT", f"The stream ended at {file.tell()} of {manifest.payload_bytes} bytes")
 
 
-def _install(connection: Connection, run: Run, version: int, manifest: Manifest, payload: Path, folder: Path) -> int:
+def _install(
+    connection: Connection,
+    run: Run,
+    version: int,
+    manifests: Sequence[Manifest],
+    payloads: Sequence[Path],
+    digest: bytes,
+    folder: Path,
+) -> int:
     """Write the three files in the order that marks completeness; returns the number of parameters."""
     # numpy, for this command only.
-    from fsllm_client.trainer.export import peft_tensors
+    from fsllm_client.trainer.export import as_peft
+    from fsllm_common.algorithms import algorithm_class
+    from fsllm_common.plan import Plan
     from fsllm_common.tensors import arrays
 
     # Only version 0's manifest needs to carry the configuration.
-    text = manifest.adapter_config or _manifest(connection, run.run_id, 0).adapter_config
+    text = manifests[0].adapter_config
+    if not text:
+        text = _Source(connection, run.run_id, 0, next(iter(_parts(run, 0)))).manifest().adapter_config
     config = json.loads(text) if text else {}
     if config.get("peft_type") == "SYNTHETIC":  # a noop run's, which PEFT would not know
         config = {}
     server = connection.call(connection.control.GetServer, GetServerRequest(), repeat=True)
-    tensors = arrays.decode(manifest, payload)
+    tensors = {
+        name: array
+        for manifest, payload in zip(manifests, payloads, strict=True)
+        for name, array in arrays.decode(manifest, payload).items()
+    }
+    plan = Plan.model_validate_json(run.plan)
+    tensors = dict(algorithm_class(plan.algorithm.name)(plan).exported(tensors))
     parameters = sum(array.size for array in tensors.values())
-    about = card(run, version, manifest.digest.hex(), parameters, config, server.software_version)
+    exported, config = as_peft(tensors, config)
+    about = card(run, version, digest.hex(), parameters, config, server.software_version)
     (folder / CONFIG).unlink(missing_ok=True)
-    arrays.save_arrays(peft_tensors(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    arrays.save_arrays(exported, folder / WEIGHTS, metadata={"format": "pt"})
     write_atomic(folder / CARD, about.encode())
     if config:
         write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")

@@ -11,8 +11,9 @@ from fsllm_common.plan.advice import noise_ratio, synthetic_parameters, warnings
 from fsllm_common.plan.combinations import SYNTHETIC_MODEL
 from fsllm_common.plan.schema import Clip, Noise
 from fsllm_common.tensors.manifest import WIDTH, WIRE_TYPES
-from fsllm_operator.adapter_size import adapter_parameters, read_config
+from fsllm_operator.adapter_size import adapter_parameters, adapter_shapes, read_config
 from fsllm_operator.rounds import size
+from fsllm_operator.traffic import traffic
 
 EMBEDDED_MODEL: Final = "embedded"
 
@@ -27,6 +28,8 @@ class Report:
     """A site's, each round: one version, in the wire's element type."""
     bytes_up: int | None
     """A site's, each round: one update."""
+    grows: bool
+    """``bytes_down`` is of rounds of the quorum, and larger with each update more."""
     epsilon: float | None
     """After all rounds, for a site that takes part in each; None without noise."""
     delta: float | None
@@ -70,9 +73,14 @@ class Report:
         if self.plan.model.name == SYNTHETIC_MODEL:
             return f"none: {self.plan.algorithm.synthetic.tensors} synthetic tensors, {self.parameters:,} parameters"
         count = "parameters unknown" if self.parameters is None else f"{self.parameters:,} parameters"
-        if adapter.kind in ("lora", "dora", "rslora"):
-            targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-            return f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}; {count}"
+        targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+        match adapter.kind:
+            case "lora" | "dora" | "rslora" | "lora-xs":
+                return f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}; {count}"
+            case "vera":
+                return f"vera, rank {adapter.rank}, on {targets}; {count}"
+            case "oft":
+                return f"oft, blocks of {adapter.block_size}, on {targets}; {count}"
         return f"{adapter.kind}; {count}"
 
     def _cohort(self) -> str:
@@ -97,9 +105,9 @@ class Report:
         if self.bytes_down is None or self.bytes_up is None:
             return f"{kind}; give --model FOLDER or --parameters COUNT to see the bytes"
         total = size((self.bytes_down + self.bytes_up) * self.plan.rounds)
-        return (
-            f"{kind}: {size(self.bytes_down)} down and {size(self.bytes_up)} up a round and site; {total} a site in all"
-        )
+        least = "at least " if self.grows else ""
+        each = f"{least}{size(self.bytes_down)} down and {size(self.bytes_up)} up a round and site"
+        return f"{kind}: {each}; {least}{total} a site in all"
 
     def _privacy(self) -> str:
         clip = next(s for s in self.plan.pipeline if isinstance(s, Clip))
@@ -126,27 +134,40 @@ def report(plan: Plan, model: Path | None = None, parameters: int | None = None)
 
     """
     count = parameters if parameters is not None else _parameters(plan, model)
-    payload = None if count is None else count * WIDTH[WIRE_TYPES[plan.wire.element_type]]
+    width = WIDTH[WIRE_TYPES[plan.wire.element_type]]
+    travels = None if count is None else traffic(plan, _shapes(plan, model, count))
     noise = next((s for s in plan.pipeline if isinstance(s, Noise)), None)
-    ratio = None if count is None else noise_ratio(plan, count)
+    sent = None if travels is None else travels.up
+    ratio = None if sent is None else noise_ratio(plan, sent)
     return Report(
         plan=plan,
         parameters=count,
-        bytes_down=payload,
-        bytes_up=payload,
+        bytes_down=None if travels is None else travels.down * width,
+        bytes_up=None if travels is None else travels.up * width,
+        grows=travels is not None and travels.grows,
         epsilon=epsilon_of(noise.multiplier, plan.rounds, noise.delta) if noise else None,
         delta=noise.delta if noise else None,
         noise_to_signal=ratio.ratio if ratio else None,
-        warnings=tuple(warnings(plan, count)),
+        warnings=tuple(warnings(plan, sent)),
     )
 
 
 def _parameters(plan: Plan, model: Path | None) -> int | None:
     if plan.model.name == SYNTHETIC_MODEL:
         return synthetic_parameters(plan)
-    if model is None and plan.model.name == EMBEDDED_MODEL:
-        model = _embedded_folder()
-    return adapter_parameters(plan.adapter, read_config(model)) if model is not None else None
+    folder = _folder(plan, model)
+    return adapter_parameters(plan.adapter, read_config(folder)) if folder is not None else None
+
+
+def _shapes(plan: Plan, model: Path | None, count: int) -> dict[str, tuple[int, ...]]:
+    """Return the adapter's tensors; one of all parameters where they can not be told apart."""
+    folder = _folder(plan, model)
+    shapes = adapter_shapes(plan.adapter, read_config(folder)) if folder is not None else None
+    return shapes if shapes is not None else {"adapter": (count,)}
+
+
+def _folder(plan: Plan, model: Path | None) -> Path | None:
+    return _embedded_folder() if model is None and plan.model.name == EMBEDDED_MODEL else model
 
 
 def _embedded_folder() -> Path | None:

@@ -6,7 +6,6 @@ docs/errors.md and docs/metrics.md in place; a test compares them. A generated p
 
 import inspect
 import json
-import re
 import sys
 import types
 import typing
@@ -18,11 +17,11 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fsllm_common.algorithms import algorithm_class, algorithm_names
 from fsllm_common.errors import REASONS, Exit
 from fsllm_common.plan.combinations import REFUSED
 from fsllm_common.plan.schema import Clip, Noise, Plan
 from fsllm_common.telemetry.metrics import ClientMetrics, ServerMetrics
+from fsllm_operator.method_tables import built_in, cell, tables
 
 BEGIN: Final = "<!-- generated: python -m fsllm_operator.reference docs -->"
 END: Final = "<!-- end of the generated part -->"
@@ -53,22 +52,13 @@ def plan_reference() -> str:
 
 
 def algorithm_reference() -> str:
-    """Return this package's algorithms in Markdown: source, server state, and parameters."""
-    lines = ["| `algorithm.name` | method and source | the server keeps besides the version | `server_learning_rate` |"]
-    lines.append("|---|---|---|---|")
-    details: list[str] = []
-    for name in algorithm_names():
-        algorithm = algorithm_class(name)
-        if not algorithm.__module__.startswith("fsllm_common."):
-            continue
-        plan = Plan.model_validate({"name": "p", "model": {"name": "m"}, "algorithm": {"name": name}})
-        state = ", ".join(algorithm(plan).state()) or "nothing"
-        said = (inspect.getdoc(inspect.getmodule(algorithm)) or "").split("\n\n")[0]
-        lines.append(f"| `{name}` | {_cell(said)} | {state} | {algorithm.server_learning_rate:g} |")
-        if algorithm.parameters_type.model_fields:
-            heading = f"## `{name}`\n\nUnder `algorithm.parameters`:\n"
-            details.append(_table(algorithm.parameters_type, "", heading))
-    return "\n".join([*lines, "", *details])
+    """Return this package's algorithms in Markdown: source, what travels, what goes together, and parameters."""
+    own = [
+        _table(method.parameters_type, "", f"### `{name}`\n")
+        for name, method in sorted(built_in())
+        if method.parameters_type.model_fields
+    ]
+    return "\n".join([*tables(), "## Parameters\n", "Under `algorithm.parameters`.\n", *own])
 
 
 def error_reference() -> str:
@@ -77,7 +67,7 @@ def error_reference() -> str:
     lines += [f"| {code} | {meaning} |" for code, meaning in sorted(_EXIT_MEANINGS.items())]
     lines += ["", "## Reasons\n", "| reason | gRPC status | exit code | what to do |", "|---|---|---|---|"]
     lines += [
-        f'| <a id="{name.lower()}"></a>`{name}` | {reason.status} | {reason.exit} | {_cell(reason.cure)} |'
+        f'| <a id="{name.lower()}"></a>`{name}` | {reason.status} | {reason.exit} | {cell(reason.cure)} |'
         for name, reason in sorted(REASONS.items())
     ]
     return "\n".join(lines) + "\n"
@@ -141,8 +131,7 @@ def _sections() -> Iterator[str]:
 def _section_tables(section: type[BaseModel], path: str) -> Iterator[str]:
     yield _table(section, path, f"### `{path}`\n\n{_doc(section)}\n")
     for name, field in section.model_fields.items():
-        inner = _section(field)
-        if inner is not None:
+        for inner in filter(None, [_section(field), *map(_as_section, typing.get_args(field.annotation))]):
             yield from _section_tables(inner, f"{path}.{name}")
 
 
@@ -153,18 +142,22 @@ def _table(model: type[BaseModel], path: str, heading: str, skip: tuple[str, ...
             continue
         key = f"{path}.{name}" if path and path != "pipeline" else name
         default = "required" if field.is_required() else f"`{_value(field)}`"
-        lines.append(f"| `{key}` | {_cell(_type(field))} | {default} | {_cell(field.description or '')} |")
+        lines.append(f"| `{key}` | {cell(_type(field))} | {default} | {cell(field.description or '')} |")
     return "\n".join(lines) + "\n"
 
 
 def _refused() -> Iterator[str]:
     yield "| keys | why |\n|---|---|"
     for combination in REFUSED:
-        yield f"| `{combination.keys}` | {_cell(combination.why)} |"
+        yield f"| `{combination.keys}` | {cell(combination.why)} |"
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
+    """Return the section that a field always is; one that may be left out has a line of its own, too."""
+    return _as_section(field.annotation)
+
+
+def _as_section(kind: Any) -> type[BaseModel] | None:  # noqa: ANN401 (a type expression)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
@@ -199,6 +192,8 @@ def _type_text(kind: Any) -> str:  # noqa: ANN401 (a type expression)
         return f"list of {_type_text(arguments[0])}"
     if origin is dict:
         return f"mapping of {_type_text(arguments[0])} to {_type_text(arguments[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "section"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}.get(kind, str(kind))
 
 
@@ -252,11 +247,7 @@ def _metric(metric: MetricWrapperBase) -> str:
     family = next(iter(metric.describe()))
     name = f"{family.name}_total" if family.type == "counter" else family.name
     labels = ", ".join(f"`{label}`" for label in metric._labelnames)
-    return f"| `{name}` | {family.type} | {labels} | {_cell(family.documentation)} |"
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    return f"| `{name}` | {family.type} | {labels} | {cell(family.documentation)} |"
 
 
 GENERATED: Final = {

@@ -92,11 +92,11 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
     async with AsyncExitStack() as stack:
         # What it keeps.
         state = stack.enter_context(closing(StateFolder(settings.state_dir)))
-        authority, federation, first = open_authority(state.root, settings.federation)
         database = stack.enter_context(closing(Database(settings.database or state.database_url)))
+        members = Members(database)
+        authority, federation, first = open_authority(state.root, settings.federation, known=bool(members.list()))
         metrics = ServerMetrics()
         metrics.disk_free_bytes.set_function(lambda: shutil.disk_usage(state.root).free)
-        members = Members(database)
         invites = Invites(database, members, federation)
         certificates = Certificates(state.root, authority, federation, settings, members, metrics)
 
@@ -152,6 +152,9 @@ async def serve(settings: ServerSettings, plan: Plan | None, started: Callable[[
         stop = _stop_signal()
         await engine.start(Restoration.load(state.root / RESTORED))
         forget(state.root / RESTORED)
+        for member in members.list():
+            if member.standing == "revoked":  # the server may have ended before its runs had heard of it
+                await engine.forget_member(member.name)
         await certificates.issue_operator()
         await main.start()
         await enrollment.start()

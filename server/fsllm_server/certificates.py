@@ -7,7 +7,7 @@ from typing import Final
 
 from fsllm_common.errors import FsllmError, SettingsInvalid
 from fsllm_common.files import write_atomic
-from fsllm_common.identity.authority import CertificateAuthority
+from fsllm_common.identity.authority import AUTHORITY_FILE, CertificateAuthority
 from fsllm_common.identity.keys import Credential, make_key, make_request, save_credential
 from fsllm_common.identity.names import Member, Role
 from fsllm_common.telemetry.logs import get_logger
@@ -27,14 +27,23 @@ LOOK_AGAIN: Final = 600.0
 """Seconds. Sleeping to the hour of renewal in one go would miss it when the host is suspended or its clock is set."""
 
 
-def open_authority(state: Path, federation: str | None) -> tuple[CertificateAuthority, str, bool]:
+def open_authority(state: Path, federation: str | None, *, known: bool) -> tuple[CertificateAuthority, str, bool]:
     """Return the federation's authority and name, made by the first start, and whether this is the first.
+
+    Args:
+        state: The state folder.
+        federation: The name that the settings say; None: whatever it has.
+        known: The database knows members. A new authority would shut them all out.
 
     Raises:
         SettingsInvalid: The federation has another name than the setting says.
+        FsllmError: STATE_CORRUPT: there are members, but not the authority that has signed for them.
 
     """
     path = state / "federation"
+    for needed in (path, state / "authority" / AUTHORITY_FILE):
+        if known and not needed.is_file():
+            raise FsllmError("STATE_CORRUPT", f"{needed} is missing, and the members' certificates depend on it")
     name = path.read_text().strip() if path.exists() else federation or "fsllm"
     if federation is not None and federation != name:
         message = f"--federation: this state folder ({state}) is of the federation {name!r}, not {federation!r}"

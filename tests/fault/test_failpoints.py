@@ -4,6 +4,7 @@ import json
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -109,11 +110,20 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         for site in (a, b):
             made = [(line["run"], line["round"]) for line in lines(site.log, MADE)]
             assert len(made) == len(set(made))
+            await_empty(site.state / "outbox")
         for process in (server, a, b):
             assert "Traceback" not in process.log
 
 
 MADE = "made, and kept until it is acknowledged"
+
+
+def await_empty(folder: Path) -> None:
+    """Wait until a site has let go of what it was killed with, although the server had it."""
+    until = time.monotonic() + 60
+    while left := list(folder.iterdir()):
+        assert time.monotonic() < until, left
+        time.sleep(0.02)
 
 
 def server_seed(run: control.Run) -> int:

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from simulation import disk, run
-from simulation.script import OWN_POINTS, SERVER_POINTS, SITE_POINTS
+from simulation.script import OWN_POINTS, SERVER_POINTS, SITE_POINTS, Rough
 
 from fsllm_common import failpoints
 
@@ -39,6 +39,14 @@ def test_no_seed_breaks_a_promise(first: int) -> None:
     for seed in range(first, first + BATCH):
         outcome = run.play(seed)
         assert not outcome.violations, f"{sys.executable} {RUN} --seed {seed} --verbose"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rough", ["server", "sites", "liar"])
+def test_no_rough_seed_breaks_a_promise(rough: Rough) -> None:
+    for seed in range(3000, 3000 + BATCH):
+        outcome = run.play(seed, rough=rough)
+        assert not outcome.violations, f"{sys.executable} {RUN} --seed {seed} --rough {rough} --verbose"
 
 
 @pytest.mark.slow

@@ -154,6 +154,22 @@ def test_a_broken_upload_goes_on_where_it_stood(training: tuple[Peer, pb.Order],
     assert status.receipt.digest == delta.manifest.digest
 
 
+def test_a_site_delivers_in_two_runs_at_once(server: ServerProcess, zero: Tensors, tmp_path: Path) -> None:
+    peer, delta = site(server), Tensors.make(tmp_path, 3.0)
+    streams = []
+    for _ in range(2):
+        submit(server, peer.name)
+        (order,) = join_all([peer], zero)
+        stream = peer.upload()
+        stream.begin(delta.begin(order))
+        assert stream.ready() == 0
+        stream.send(delta.payload, until=CHUNK)
+        streams.append(stream)
+    for stream in streams:
+        stream.send(delta.payload, CHUNK)
+        assert not stream.receipt().duplicate
+
+
 def test_the_same_payload_again_and_another_one(server: ServerProcess, zero: Tensors, tmp_path: Path) -> None:
     first, second = sites(server, 2)  # the second never delivers, so the round stays open
     run = submit(server, first.name, second.name)

@@ -120,7 +120,10 @@ class Member:
         self.task: asyncio.Task[None] | None = None
         self.arrived = asyncio.Condition()
 
-    def attach(self) -> "Member":
+    def attach(self, *, silent: str = "") -> "Member":
+        """Attach, and from now on take orders of the kind ``silent`` without a word: the test does them."""
+        if silent:
+            self.act[silent] = self.nothing
         hello = federation_pb2.Hello(held_orders=self.held)
         self.session = self.server.engine.attach(self.name, self.role, hello)
         self.task = asyncio.create_task(self._serve(self.session))

@@ -146,11 +146,9 @@ def test_a_plan_holds_every_parameter_and_refuses_others() -> None:
     assert whole.algorithm.server_learning_rate == 0.01
     assert plan("fedavg").algorithm.server_learning_rate == 1.0
     assert plan_from_json(canonical_json(whole)) == whole
-    with pytest.raises(
-        PlanInvalid, match=r"algorithm.parameters.beta3: .*fedadam knows: beta1, tau, beta2, bias_correction"
-    ):
+    with pytest.raises(PlanInvalid, match=r"algorithm.parameters.beta3: unknown key; did you mean 'beta2'"):
         plan("fedadam", beta3=1)
     with pytest.raises(PlanInvalid, match=r"algorithm.parameters.momentum: .*less than 1 \(got 1.5\)"):
         plan("fedavgm", momentum=1.5)
-    with pytest.raises(PlanInvalid, match="fedavg knows: none"):
+    with pytest.raises(PlanInvalid, match="mu: unknown key; known: none"):
         plan("fedavg", mu=1)

@@ -31,7 +31,7 @@ class Folder(Server):
 
     def open(self) -> None:
         self.state = StateFolder(self.folder)
-        open_authority(self.folder, None)
+        open_authority(self.folder, None, known=False)
         if (self.folder / DATABASE).exists():
             (self.folder / DATABASE).rename(self.folder / "db.sqlite3")
         super().open()

@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import structlog
 from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
 
 from fsllm_client.cli import main
+from fsllm_client.site import own_adapter
 from fsllm_client.site.ledger import Ledger, Release
 from fsllm_client.site.runs import RunBook
 from fsllm_client.site.state import StateFolder
-from fsllm_common.plan import Plan
+from fsllm_common.plan import Plan, plan_from_json
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,7 @@ def run(*arguments: str) -> Result:
         (("accept", "r"), "is not the state folder of a site", 3),
         (("ledger",), "is not the state folder of a site", 3),
         (("explain", "plan.txt"), "ends in .yaml", 3),
+        (("explain", "plan.yaml", "--policy", "/nowhere.toml"), "The policy /nowhere.toml can not be read: No such", 3),
         (("model", "digest", "/nowhere"), "MODEL_MISSING", 5),
         (("--serve", "h:1"), "No such option", 2),
         (("acept", "r"), "No such command 'acept'", 2),
@@ -96,6 +100,42 @@ def test_the_ledger_is_shown_as_a_table_and_as_json(tmp_path: Path) -> None:
     assert "ward" in table[2]
     assert "2.22" in table[2]
     assert [entry["round"] for entry in json.loads(run("ledger", "--json").stdout)] == [1, 2]
+
+
+def test_an_export_says_of_which_version_and_round_it_is(tmp_path: Path) -> None:
+    state = StateFolder(tmp_path / "state")
+    RunBook(state.runs).note("r1", Plan.model_validate({"name": "ward", "model": {"name": "m"}}), "joined")
+    private = state.private("r1")
+    private.mkdir()
+    array = {"m.q_proj.lora_A.weight": np.ones((2, 3), np.float32)}
+    out = str(tmp_path / "out")
+    for version, round_number, told in (
+        (6, 7, "version 6 and what this site has trained in round 7"),
+        (7, 7, "version 7"),
+    ):
+        save_file(array, private / own_adapter.FILE, own_adapter.facts('{"r": 2}', version, round_number))
+        assert f"(ward), of {told}: 1 tensors, {out}" in run("export", "ward", out, "--force").output
+        assert json.loads(run("export", "r1", out, "--force", "--json").stdout) == {
+            "run_id": "r1",
+            "folder": out,
+            "tensors": 1,
+            "version": version,
+            "round": round_number,
+        }
+    save_file(array, private / own_adapter.FILE, {"adapter_config": "{}"})  # an older fsllm's
+    assert "(ward): 1 tensors" in run("export", "ward", out, "--force").output
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("fedavg", "one model for all sites"), ("fedalt", "is more than an adapter"), ("ditto", "for this run yet")],
+)
+def test_an_export_that_can_not_be_says_why(name: str, why: str, tmp_path: Path) -> None:
+    plan = {"name": "ward", "model": {"name": "m"}, "algorithm": {"name": name}}
+    RunBook(StateFolder(tmp_path / "state").runs).note("r1", plan_from_json(json.dumps(plan).encode()), "joined")
+    done = run("export", "ward", str(tmp_path / "out"))
+    assert done.exit_code == 3
+    assert why in done.output
 
 
 def test_accepting_wakes_the_daemon(tmp_path: Path) -> None:

@@ -39,13 +39,13 @@ def arrays() -> dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]:
 def test_version_zero_may_differ_by_a_rounding_and_no_more(tmp_path: Path, arrays: Arrays, kind: str) -> None:
     nearly = {name: array + np.float32(4e-7) for name, array in arrays.items()}
     theirs = stored(tmp_path, "theirs", arrays, kind)
-    payloads.refuse_difference(stored(tmp_path, "own", nearly, "fp32"), theirs, plan(kind))
+    payloads.refuse_difference(stored(tmp_path, "own", nearly, "fp32"), [theirs], plan(kind), 8)
     for at in ("x.lora_A.weight", "x.lora_B.weight"):
         # Beyond the rounding of the wire's type, at one element only.
         other = {name: array.copy() for name, array in arrays.items()}
         other[at].flat[5] += 3e-6 + abs(float(other[at].flat[5])) * {"fp32": 0, "fp16": 2**-10, "bf16": 2**-7}[kind]
         with pytest.raises(FsllmError, match=at) as caught:
-            payloads.refuse_difference(stored(tmp_path, "own", other, "fp32"), theirs, plan(kind))
+            payloads.refuse_difference(stored(tmp_path, "own", other, "fp32"), [theirs], plan(kind), 8)
         assert caught.value.reason == "VERSION_ZERO_MISMATCH"
 
 
@@ -58,14 +58,14 @@ def test_version_zero_must_have_the_same_names_and_shapes(tmp_path: Path, arrays
         (turned, r"\[64, 8\] here and \[8, 64\]"),
     ):
         with pytest.raises(FsllmError, match=told):
-            payloads.refuse_difference(stored(tmp_path, "own", other, "fp32"), theirs, plan())
+            payloads.refuse_difference(stored(tmp_path, "own", other, "fp32"), [theirs], plan(), 8)
 
 
 def test_the_adapter_reaches_the_trainer_and_comes_from_it_unchanged(tmp_path: Path, arrays: Arrays) -> None:
     save_arrays(arrays, tmp_path / "built.safetensors", metadata={"adapter_config": CONFIG})
-    manifest = payloads.encode_adapter(tmp_path / "built.safetensors", tmp_path / "payload")
+    manifest = payloads.encode_adapter(tmp_path / "built.safetensors", plan(), tmp_path / "payload")
     assert manifest.adapter_config == CONFIG
-    payloads.write_adapter(CachedVersion(manifest, tmp_path / "payload"), tmp_path / "base.safetensors")
+    payloads.write_adapter([CachedVersion(manifest, tmp_path / "payload")], tmp_path / "base.safetensors")
     back = load_arrays(tmp_path / "base.safetensors")
     assert {name: array.tobytes() for name, array in back.items()} == {n: a.tobytes() for n, a in arrays.items()}
 

@@ -111,7 +111,7 @@ def test_the_template_shows_every_key_with_its_default(tmp_path: Path) -> None:
     lines = (tmp_path / "policy.toml").read_text().splitlines()
     # Uncommented, it is the default but for the examples, which have no default value.
     shown = [line.removeprefix("# ") if " = " in line else line for line in lines]
-    examples = ("hours", "smollm2", "minimum_noise", "maximum_clip", "maximum_epsilon")
+    examples = ("hours", "smollm2", "minimum_noise", "maximum_clip", "maximum_epsilon", "maximum_rank")
     text = "\n".join(line for line in shown if not line.startswith(examples))
     assert policy(tmp_path, text).model_dump() == Policy().model_dump()
     for section in ("accept", "leave", "privacy", "data"):
@@ -139,6 +139,10 @@ def test_models_are_relative_to_the_file_and_must_hold_a_model(tmp_path: Path) -
         ('[accept]\nhours = ["25:00-03:00"]', r"accept\.hours: .*no time of day"),
         ("[privacy]\nmaximum_epsilon_total = inf", r"privacy\.maximum_epsilon_total: .*finite"),
         ("[accept", r"not TOML"),
+        (f"[accept]\nmaximum_rounds = {'9' * 5000}", r"not TOML: Exceeds the limit"),
+        ("[accept]\nmaximum_rounds = true", r"line 2: accept\.maximum_rounds: .*valid integer"),
+        ('[models]\nm = "~nobody-of-this-name/x"', r"line 2: models\.m: ~nobody-of-this-name/x: "),
+        ('[models]\nm = "a\\u0000b"', r"line 2: models\.m: .*null byte"),
     ],
 )
 def test_an_error_in_the_file_names_its_line(tmp_path: Path, text: str, told: str) -> None:

@@ -110,6 +110,8 @@ def test_earlier_rounds_of_a_run_are_forgotten_and_others_kept(tmp_path: Path) -
     outbox.remove_before("r", 10)
     held = [(run, n) for run in ("r", "r1") for n in (1, 9, 10) if outbox.find(run, n, b"base") is not None]
     assert held == [("r", 10), ("r1", 1)]
+    outbox.prepare("s", 1, b"base").write_bytes(b"half")
+    assert [(parcel.begin.run_id, parcel.begin.round) for parcel in outbox.all()] == held
     last = outbox.find("r", 10, b"base")
     assert last is not None
     outbox.remove(last)

@@ -95,6 +95,22 @@ def test_the_cache_keeps_only_the_newest_versions(tmp_path: Path) -> None:
     assert [cache.find(digest) is not None for digest in digests] == [False] * 2 + [True] * (KEPT + 1)
 
 
+def test_the_cache_keeps_the_parts_in_use_however_old_they_are(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    cache = VersionCache(tmp_path / "cache")
+    digests = []
+    for value in range(KEPT + 4):
+        manifest, payload = version(tmp_path, float(value))
+        if not digests:
+            cache.use([manifest.digest])
+        partial = cache.partial("run", manifest.digest)
+        partial.begin(manifest)
+        partial.write(0, memoryview(payload))
+        cache.keep(partial)
+        digests.append(manifest.digest)
+    assert [cache.find(digest) is not None for digest in digests] == [True] + [False] * 2 + [True] * (KEPT + 1)
+
+
 def test_waits_grow_to_a_cap_are_spread_and_begin_again() -> None:
     backoff = Backoff(0.2, 15.0, Random(1))  # noqa: S311
     waits = [backoff.wait() for _ in range(12)]

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fsllm_common.errors import ModelUnusable
-from fsllm_common.plan.schema import Adapter, Model, Plan
-from fsllm_operator.adapter_size import adapter_parameters, read_config
+from fsllm_common.plan.schema import Adapter, AdapterKind, Model, Plan
+from fsllm_operator.adapter_size import adapter_parameters, adapter_shapes, read_config
 
 LLAMA = {
     "model_type": "llama",
@@ -26,28 +27,50 @@ NEOX = {**LLAMA, "model_type": "gpt_neox", "intermediate_size": 100}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GPT2, NEOX], ids=lambda c: c["model_type"])
-@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning"])
+@pytest.mark.parametrize("kind", get_args(AdapterKind))
 def test_as_many_as_the_trainer_trains(config: dict[str, int | str], kind: str) -> None:
-    import peft
     import torch
     import transformers
 
-    from fsllm_client.trainer.adapters import peft_config
+    from fsllm_client.trainer.adapters import adapter_parameters as travelling
+    from fsllm_client.trainer.adapters import attach
+    from fsllm_common.algorithms import ADAPTER
+    from fsllm_common.algorithms.fedavg import FedAvg
+    from fsllm_common.tensors.manifest import role_of
 
-    adapter = Adapter.model_validate({"kind": kind, "rank": 4, "virtual_tokens": 5, "encoder_hidden_size": 24})
+    settings = {"rank": 4, "block_size": 4, "virtual_tokens": 5, "encoder_hidden_size": 24}
+    adapter = Adapter.model_validate({"kind": kind, **settings})
     plan = Plan(name="x", model=Model(name="m"), adapter=adapter)
     arguments = {key: value for key, value in config.items() if key != "model_type"}
     expected = adapter_parameters(adapter, config)
     if expected is None:
-        assert (kind, config["model_type"]) == ("ia3", "gpt2")
+        assert (kind, config["model_type"]) in (("ia3", "gpt2"), ("oft", "gpt2"))
         return
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(str(config["model_type"]), **arguments)
         )
-        adapted = peft.get_peft_model(model, peft_config(plan, model))
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    part = FedAvg(plan).part
+    tensors = travelling(attach(plan, model.to_empty(device="cpu")))
+    trained = sum(tensor.numel() for name, tensor in tensors.items() if part(role_of(name)) == ADAPTER)
     assert expected == trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": None}, "NoneType"),
+        ({"hidden_size": "wide"}, "wide"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"intermediate_size": ...}, "'intermediate_size' is not in it"),
+    ],
+)
+def test_a_configuration_without_its_sizes_is_refused(changes: dict[str, object], words: str) -> None:
+    config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not ...}
+    for sized in (adapter_parameters, adapter_shapes):
+        with pytest.raises(ModelUnusable, match=words) as caught:
+            sized(Adapter(), config)
+        assert caught.value.reason == "MODEL_UNSUITABLE"
 
 
 def test_named_targets() -> None:

@@ -185,6 +185,29 @@ class TestPlanCheck:
         assert "9.17e+03 times the largest signal" in text
         assert "Warning:" in text
 
+    @pytest.mark.parametrize(("method", "sent"), [("ffa-lora", 4 * 2 * 64), ("fedkseed", 4096)])
+    def test_the_noise_is_compared_over_what_is_sent(self, tmp_path: Path, method: str, sent: int) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        plan = plan_file(
+            tmp_path,
+            "adapter: {rank: 4, targets: [q_proj]}\ncohort: {size: 4}\n"
+            "train: {optimizer: sgd, max_grad_norm: 0}\n"
+            f"algorithm: {{name: {method}, weighting: uniform}}\n"
+            "pipeline: [{stage: clip, norm: 1}, {stage: noise, multiplier: 1}]",
+        )
+        found = json.loads(fsllm("plan", "check", plan, "--model", tmp_path, "--json").stdout)
+        assert found["noise_to_signal"] == pytest.approx((sent / 4) ** 0.5)
+        assert any(f"the {sent} numbers of an update" in warning for warning in found["warnings"])
+
+    def test_what_each_site_adds_to_the_download_is_said_to_be_the_least(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        adapter = "adapter: {rank: 4, targets: [q_proj]}\nalgorithm: {name: flora}\n"
+        # Two sites' ledger entries are as large as their two adapters: with the fresh one, three times the upload.
+        open_ = fsllm("plan", "check", plan_file(tmp_path, adapter), "--model", tmp_path).stdout
+        assert "at least 6.0 KiB down and 2.0 KiB up" in open_
+        named = fsllm("plan", "check", plan_file(tmp_path, adapter + "cohort: {size: 2}"), "--model", tmp_path).stdout
+        assert "bf16: 6.0 KiB down" in named
+
     def test_a_wrong_key_is_named_with_its_cure(self, tmp_path: Path) -> None:
         plan = plan_file(tmp_path, "cohort: {quorm: 3}")
         result = fsllm("plan", "check", plan)

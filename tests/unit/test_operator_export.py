@@ -28,6 +28,7 @@ from fsllm.v1.federation_pb2 import Metric, Version
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_BFLOAT16, Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.identity.authority import CertificateAuthority
+from fsllm_common.philox import signs, stream
 from fsllm_common.plan import canonical_json, plan_from_json
 from fsllm_common.tensors.arrays import encode
 from fsllm_common.tensors.chunks import CHUNK, read_chunks
@@ -65,12 +66,13 @@ class Server(control_pb2_grpc.ControlServiceServicer):
             data = bytearray(self.payload.read_bytes())
             data[-1] ^= 1
             source.write_bytes(data)
-        for at, frame in enumerate(read_chunks(source, request.offset)):
+        frames = list(read_chunks(source, request.offset))
+        for at, frame in enumerate(frames):
             if at == limit:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            if source != self.payload and at == len(frames) - 1:
+                self.damage -= 1  # before the client has the last byte, and begins its next stream
             yield ExportRunResponse.FromString(frame)
-        if source != self.payload:
-            self.damage -= 1
 
     def GetServer(  # noqa: N802
         self, request: GetServerRequest, context: grpc.ServicerContext
@@ -148,6 +150,25 @@ def check(folder: Path, arrays: dict[str, Any]) -> None:
     for name, array in arrays.items():
         assert found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_method_says_what_the_adapter_is(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    """FedKSeed's version is version 0's adapter and how far it goes along each direction."""
+    plan = plan_from_json(
+        b'{"name": "letters", "rounds": 2, "seed": 3, "model": {"name": "llama"}, "algorithm": {"name": "fedkseed"},'
+        b'"train": {"optimizer": "sgd", "max_grad_norm": 0, "learning_rate": 0.25}}'
+    )
+    payload = tmp_path / "payload"
+    version = {**arrays, "scalars/coefficients": np.array([0, 8], np.float32)}
+    manifest = encode(version, ELEMENT_TYPE_BFLOAT16, payload, adapter_config=json.dumps(CONFIGURATION))
+    with connected(tmp_path, Server(manifest, payload)) as connection:  # type: ignore[abstract]
+        commit = Commit(version=Version(number=0, digest=manifest.digest))
+        run = Run(run_id="abc123", name="letters", commits=[commit], plan=canonical_json(plan))
+        exported = export_run(connection, run, tmp_path / "adapter", force=False)
+    key = (3 << 32) + 1
+    moved = {name: array - 2 * signs(array.shape, key, stream(name)) for name, array in arrays.items()}
+    check(tmp_path / "adapter", moved)
+    assert exported.parameters == 1_280_000
 
 
 def test_a_folder_that_peft_reads(connection: Connection, run: Run, arrays: dict[str, Any], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fsllm_common.algorithms import algorithm_class, algorithm_names
 from fsllm_common.errors import PlanInvalid
 from fsllm_common.plan import Plan, canonical_json, plan_from_file, plan_from_json
 
@@ -131,6 +132,38 @@ def test_canonical_json_is_stable_complete_and_reads_back() -> None:
         ({"adapter": {"targets": ["q", 5]}}, "adapter.targets[1]: input should be a valid string (got 5)"),
         ({"data": {"fields": {"answer": "x"}}}, "data.fields.answer: input should be 'instruction'"),
         ({"data": {"fields": {"output": 7}}}, "data.fields.output: input should be a valid string (got 7)"),
+        (
+            {"rounds": True},
+            "rounds: input should be a valid integer, unable to parse string as an integer (got 'true')",
+        ),
+        ({"train": {"learning_rate": True}}, "train.learning_rate: input should be a valid number"),
+        ({"adapter": {"ranks": [4, True]}}, "adapter.ranks[1]: input should be a valid integer"),
+        ({"deepspeed": {"zero_stage": True}}, "deepspeed.zero_stage: input should be 1, 2 or 3 (got 'true')"),
+        ({"train": {"gradient_checkpointing": "so"}}, "train.gradient_checkpointing: input should be a valid boolean"),
+        (
+            {"algorithm": {"name": "fedex", "parameters": {"learning_rates": [1, 2]}}},
+            "algorithm.parameters.learning_rates: input should be a valid boolean or a valid integer or a valid number "
+            "or a valid string (got [1, 2])",
+        ),
+        (
+            {"algorithm": {"name": "fedprox", "parameters": {"muu": 1}}},
+            "algorithm.parameters.muu: unknown key; did you mean 'mu'?",
+        ),
+        (
+            {"algorithm": {"name": "norm-bound", "parameters": {"bound": "medain"}}},
+            "algorithm.parameters.bound: input should be a valid number, unable to parse string as a number or "
+            "'median' or 'running-median' (got 'medain'); did you mean 'median'?",
+        ),
+        (
+            {"algorithm": {"name": "krum", "parameters": {"byzantine": True}}},
+            "algorithm.parameters.byzantine: input should be a valid integer",
+        ),
+        ({"adapter": {"kind": "adalora"}}, "adapter.kind: each site would prune"),
+        (
+            {"algorithm": {"proximal_mu": 0.1, "parameters": None}},
+            "algorithm.parameters: input should be a valid dictionary (got None)",
+        ),
+        ({"algorithm": {"proximal_mu": 0.1, "parameters": [1]}}, "algorithm.parameters: input should be a valid dict"),
         ({"name": "A Trial"}, "name: string should match pattern"),
         ({"seed": 2**31}, "seed: input should be less than 2147483648"),
     ],
@@ -149,6 +182,11 @@ def test_all_errors_are_told_at_once() -> None:
     [
         ("p.yaml", "name: a\nmodel: {name: b}\nrounds: 1\nrounds: 2\n", "line 4: rounds: this key appears twice"),
         ("p.yaml", "name: a\ntrain:\n  steps: 1\n  steps: 1\n", "line 4: steps: this key appears twice"),
+        ("p.yaml", "name: {{ name }}\n", "line 1: a list or a section is no key (an unfilled {{ name }}?)"),
+        ("p.yaml", "name: a\n? [a, b]\n: 1\n", "line 2: a list or a section is no key"),
+        ("p.yaml", "name: a\nseed: \x07\n", "line 2: not YAML: the character U+0007"),
+        ("p.yaml", "name: \0\n", "line 1: not YAML: the character U+0000"),
+        ("p.toml", f"seed = {'9' * 5000}\n", "not TOML: Exceeds the limit"),
         ("p.yaml", "name: a\n  model: b\n", "line 2, column 8: not YAML"),
         ("p.yaml", "a: !!python/object/apply:os.system ['true']\n", "not YAML"),
         ("p.yaml", "a: 0o8x\nb: 2026-13-45\n", "not YAML"),
@@ -218,3 +256,18 @@ def test_the_yaml_reader_is_a_safe_one() -> None:
     from fsllm_common.plan.load import _yaml_loader
 
     assert issubclass(_yaml_loader(), yaml.SafeLoader)
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_a_plan_of_every_method_is_read_back_as_it_was_recorded(name: str) -> None:
+    algorithm = algorithm_class(name)
+    recorded = Plan.model_validate(
+        {
+            "name": "p",
+            "model": {"name": "m"},
+            "algorithm": {"name": name, "parameters": algorithm.parameters_type().model_dump()},
+        }
+    )
+    again = Plan.model_validate(json.loads(canonical_json(recorded)))
+    assert again == recorded
+    assert algorithm(again).parameters == algorithm.parameters_type()

@@ -16,10 +16,10 @@ from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, Array, decode, encode
 from fsllm_common.tensors.manifest import payload_digest
 from fsllm_server.reduce import Stopped
-from fsllm_server.reduce.blocks import uniform_type
+from fsllm_server.reduce.blocks import OPEN_FILES, Source, uniform_type
+from fsllm_server.reduce.fold import Folded, Step
+from fsllm_server.reduce.fold import fold as fold_sources
 from fsllm_server.reduce.sink import Digests, Sink
-from fsllm_server.reduce.sum import OPEN_FILES, Addend, Folded, Step
-from fsllm_server.reduce.sum import fold as fold_addends
 from fsllm_server.store.blobs import Blobs, StoredVersion
 
 F32, F16, BF16 = ELEMENT_TYPE_FLOAT32, ELEMENT_TYPE_FLOAT16, ELEMENT_TYPE_BFLOAT16
@@ -38,9 +38,10 @@ def fold(
     sink: Sink,
     **options: Any,  # noqa: ANN401
 ) -> Folded:
-    addends = [Addend(update.payload, uniform_type(update.manifest), weight) for update, weight in updates]
+    sources = [Source(update.payload, uniform_type(update.manifest)) for update, _ in updates]
+    shares = [share for _, share in updates]
     step = Step(lambda block: apply(block.base, block.mean), 1, {})
-    return fold_addends((base or updates[0][0]).manifest, base, addends, step, wire, sink, **options)
+    return fold_sources((base or updates[0][0]).manifest, base, sources, shares, step, wire, sink, **options)
 
 
 def stored(folder: Path, name: str, arrays: dict[str, Any], element_type: ElementType.ValueType = F32) -> StoredVersion:
@@ -204,10 +205,11 @@ def test_memory_and_open_files_grow_neither_with_the_payload_nor_with_the_number
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12 * 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     files = 0
+    others = len(list(Path("/proc/self/fd").iterdir()))
 
     def counting(base: Array, mean: Array) -> Array:
         nonlocal files
-        files = max(files, len(list(Path("/proc/self/fd").iterdir())))
+        files = max(files, len(list(Path("/proc/self/fd").iterdir())) - others)
         return base + mean
 
     out = fold(small, [(small, 1 / 1024)] * 1024, counting, F32, blobs)

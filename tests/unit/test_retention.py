@@ -9,6 +9,7 @@ from engine_harness import Member, Server, make_plan, serving
 from fsllm_common import failpoints
 from fsllm_common.errors import FsllmError, Unavailable
 from fsllm_common.plan import Plan
+from fsllm_server.engine.events import Part
 from fsllm_server.engine.retention import ALL, Retention
 from fsllm_server.engine.state import Commit, Contribution, Run, Status, Update, Version
 from fsllm_server.store.files import exclusive, shared
@@ -19,7 +20,14 @@ PLAN = Plan.model_validate({"name": "x", "model": {"name": "synthetic"}, "algori
 
 def commit(round_: int, at: float) -> Commit:
     update = Update("a", round_, "00", 4, 1, 1, 1)
-    return Commit(round_, Version(round_, "00", "00", 4), at, (Contribution(update, 1.0),), (), ())
+    return Commit(
+        round_,
+        Version(round_, (Part(name="adapter", digest="00", master="00", payload_bytes=4),)),
+        at,
+        (Contribution(update, 1.0),),
+        (),
+        (),
+    )
 
 
 def run(status: Status = Status.RUNNING) -> Run:

@@ -4,6 +4,7 @@
 # ruff: noqa: ANN401, N802
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -51,9 +52,11 @@ Service.__abstractmethods__ = frozenset()
 
 
 @asynccontextmanager
-async def serving(metrics: ServerMetrics) -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server(interceptors=[Boundary(metrics)])
-    service: Any = Service()  # type: ignore[abstract] # the rest is set below the class
+async def serving(
+    metrics: ServerMetrics, service: Any = None, boundary: Boundary | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server(interceptors=[boundary or Boundary(metrics)])
+    service = service or Service()  # type: ignore[abstract] # the rest is set below the class
     raw: dict[str, Handler] = {"ExportRun": grpc.unary_stream_rpc_method_handler(service.raw)}
     register(server, "fsllm.v1.ControlService", service, control_pb2_grpc.add_ControlServiceServicer_to_server, raw)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -104,6 +107,42 @@ async def test_errors_as_callers_see_them(capsys: pytest.CaptureFixture[str]) ->
         assert count("fsllm_server_calls_total", {"method": method, "reason": reason}) == 1
 
 
+class Counted(Boundary):
+    """Keeps the calls in a book, as the guard does."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__(ServerMetrics())
+        self._calls = calls
+
+    def entered(self, method: str, context: Any) -> Any:
+        return self._calls.entered(peer("a"), context)
+
+
+class Ends(Service):  # type: ignore[misc] # abstract only to the checker
+    """Has every call ended while its first response is being written."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def WatchRun(self, request: Any, context: Any) -> AsyncGenerator[Any]:
+        ended = Unavailable("SERVER_STOPPING", "The server stops")
+        asyncio.get_running_loop().call_soon(self._calls.end_all, ended)
+        yield control_pb2.WatchRunResponse(sequence=1)
+        await asyncio.Event().wait()
+
+
+async def test_a_call_that_is_ended_at_its_first_response_says_why() -> None:
+    calls = Calls(1)
+    async with serving(ServerMetrics(), Ends(calls), Counted(calls)) as channel:
+        for _ in range(20):
+            stub = control_pb2_grpc.ControlServiceStub(channel)
+            call: Any = stub.WatchRun(control_pb2.WatchRunRequest(), timeout=10)
+            with pytest.raises(grpc.RpcError) as ended:
+                async for _response in call:
+                    pass
+            assert error_from(ended.value).reason == "SERVER_STOPPING"
+
+
 def peer(name: str, life: timedelta = timedelta(hours=1)) -> Identity:
     return Identity(Member("f", Role.SITE, name), "1", datetime.now(UTC) + life)
 
@@ -147,3 +186,19 @@ async def test_a_call_ends_with_its_certificate() -> None:
     with pytest.raises(FsllmError) as error:
         await hold(Calls(1), peer("a", timedelta(milliseconds=5)), asyncio.Event())
     assert error.value.reason == "CERTIFICATE_EXPIRED"
+
+
+async def test_nothing_keeps_a_chunk_that_is_written() -> None:
+    references: list[int] = []
+
+    class Sending(Service):
+        async def raw(self, request: bytes, context: Any) -> AsyncGenerator[bytes]:
+            chunk = bytes(1000)
+            alone = sys.getrefcount(chunk)
+            yield chunk
+            references.append(sys.getrefcount(chunk) - alone)
+
+    async with serving(ServerMetrics(), Sending()) as channel:  # type: ignore[abstract] # as in ``serving``
+        export: Any = channel.unary_stream("/fsllm.v1.ControlService/ExportRun")
+        assert [len(frame) async for frame in export(b"")] == [1000]
+    assert references == [0]

@@ -284,6 +284,25 @@ def test_a_second_stream_takes_an_upload_over(tmp_path: Path) -> None:
     new.close()
 
 
+async def test_an_upload_whose_round_ends_while_it_is_verified_is_not_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, data = payload(tmp_path)
+    spools = Spools(tmp_path / "spools")
+    spool = spools.open("r", 1, "a", manifest)
+    spool.write(0, memoryview(data))
+
+    def reach(name: str) -> None:
+        if name == "file.rename":
+            asyncio.run(spools.sweep(lambda run, round_: ()))
+
+    monkeypatch.setattr("fsllm_common.files.reach", reach)
+    with pytest.raises(FsllmError, match="without this upload") as error:
+        await spool.verify(manifest, max_norm=None)
+    assert error.value.reason == "NOT_WANTED"
+    assert [path.name for path in spools.folder.iterdir()] == [".keep"]
+
+
 async def test_rounds_that_nobody_knows_are_swept(tmp_path: Path) -> None:
     manifest, data = payload(tmp_path)
     spools = Spools(tmp_path / "spools")

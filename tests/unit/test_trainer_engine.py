@@ -1,6 +1,6 @@
 """The DeepSpeed engine under ZeRO 1, 2 and 3 against plain torch, and each way in which it fails in silence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fsllm_client.trainer.adapters import adapter_parameters, attach, initial_adapter
+from fsllm_client.trainer.answers import token_losses
 from fsllm_client.trainer.base_model import load_model
 from fsllm_client.trainer.ds_config import deepspeed_config
 from fsllm_client.trainer.engine import Engine
 from fsllm_client.trainer.group import Group
-from fsllm_client.trainer.loop import token_losses
 from fsllm_common.algorithms import local_rule
 from fsllm_common.plan import Plan
 
@@ -60,13 +60,13 @@ def _some_adapter(plan: Plan, folder: Path, seed: int) -> Tensors:
 def make(tiny_model: Path) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
-    def engine(plan: Plan, *, clip: bool = True) -> Engine:
+    def engine(plan: Plan, *, clip: bool = True, fixed: Collection[str] = ()) -> Engine:
         dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
         model = attach(plan, load_model(tiny_model, dtype))
         config = deepspeed_config(plan, world=1, device="cpu", clip=clip)
         # DeepSpeed keeps small tensors whole under ZeRO-3, which hides that they are partitioned.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        made.append(Engine(model, adapter_parameters(model), plan, config, torch.device("cpu")))
+        made.append(Engine(model, adapter_parameters(model), plan, config, torch.device("cpu"), fixed))
         return made[-1]
 
     yield engine
@@ -179,7 +179,7 @@ def test_fedprox_and_clipping_give_the_step_computed_by_hand(
     plain_norm = float(torch.cat([g.flatten() for g in plain.values()]).norm())
     assert norm > 2 * plain_norm  # a clip by the norm of the plain gradient would differ
     rule = local_rule(plan)
-    rule.receive(base)
+    rule.receive(base, {})
     engine = make(plan, clip=False)
     engine.write_adapter(start)
 
@@ -294,3 +294,80 @@ def test_bf16_keeps_float32_masters_and_learns(stage: int, make: Callable[..., E
     for _ in range(4):
         _step(engine)
     assert _measure(engine) < before - 0.05
+
+
+def _halves(tensors: Tensors) -> tuple[set[str], set[str]]:
+    a = {name for name in tensors if "lora_A" in name}
+    return a, tensors.keys() - a
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_is_clipped_by_its_own_norm(
+    stage: int, make: Callable[..., Engine], tiny_model: Path
+) -> None:
+    """With weights decayed and moments kept, both of which move what has no gradient."""
+    plan = _plan(stage, optimizer="adamw", weight_decay=0.5, max_grad_norm=0.01, optimizer_state="keep")
+    start = _some_adapter(plan, tiny_model, 1)
+    frozen, moved = _halves(start)
+    engine = make(plan, clip=False)
+    engine.write_adapter(start)
+    _step(engine)
+    between, moments = engine.read_adapter(), engine.read_optimizer()
+    reference = _Torch(plan, tiny_model, between)
+    gradient = reference.gradient()
+
+    engine.freeze(frozen)
+    norm = _step(engine)
+
+    assert norm == pytest.approx(float(torch.cat([gradient[n].flatten() for n in sorted(moved)]).norm()), rel=1e-4)
+    after, kept = engine.read_adapter(), engine.read_optimizer()
+    assert all(torch.equal(after[name], between[name]) for name in frozen)
+    assert all(not torch.equal(after[name], between[name]) for name in moved)
+    for name in start:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            same = torch.equal(kept[f"{moment}/{name}"], moments[f"{moment}/{name}"])
+            assert same == (name in frozen)
+    engine.freeze(())  # and the next round, in which all move, finds the moments
+    _assert_close(engine.read_optimizer(), kept, 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_never_trained_is_written_read_and_used_but_costs_the_optimizer_nothing(
+    stage: int, make: Callable[..., Engine], tiny_model: Path
+) -> None:
+    plan = _plan(stage)
+    start = _some_adapter(plan, tiny_model, 1)
+    fixed, moved = _halves(start)
+    gradient = _Torch(plan, tiny_model, start).gradient()
+    engine = make(plan, fixed=fixed)
+    engine.write_adapter(start)
+    assert _measure(engine) == pytest.approx(_Torch(plan, tiny_model, start).loss(), rel=1e-5)
+    norm = _step(engine)
+    assert norm == pytest.approx(float(torch.cat([gradient[n].flatten() for n in sorted(moved)]).norm()), rel=1e-4)
+    expected = {n: start[n] - RATE * gradient[n] if n in moved else start[n] for n in start}
+    _assert_close(engine.read_adapter(), expected)
+    assert engine.parameters.keys() == moved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_are_torchs_and_leave_adapter_and_optimizer_alone(
+    stage: int, optimizer: str, make: Callable[..., Engine], tiny_model: Path
+) -> None:
+    plan = _plan(stage, optimizer=optimizer, weight_decay=0.1, learning_rate=1e-2)
+    start = _some_adapter(plan, tiny_model, 1)
+    expected = _Torch(plan, tiny_model, start).gradient()
+    plain, looking = make(plan), make(plan)
+    for engine in (plain, looking):
+        engine.write_adapter(start)
+        for _ in range(2):
+            if engine is looking:
+                engine.model.train()
+                found = engine.gradients(
+                    [lambda i=i: _loss(looking.forward, IDS[2 * i : 2 * i + 2]) for i in range(engine.passes)]
+                )
+                if torch.equal(engine.read_adapter()[next(iter(start))], start[next(iter(start))]):
+                    _assert_close(found, expected)
+            _step(engine)
+    _assert_close(looking.read_adapter(), plain.read_adapter(), 0)
+    _assert_close(looking.read_optimizer(), plain.read_optimizer(), 0)

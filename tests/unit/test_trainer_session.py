@@ -4,101 +4,31 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from worker_site import Site, added, make_plan, same
 
 from fsllm_client.data.batches import TrainingBatches
 from fsllm_client.data.site_data import load_site_data
 from fsllm_client.trainer.adapters import adapter_parameters, attach
+from fsllm_client.trainer.answers import token_losses
 from fsllm_client.trainer.base_model import load_model, load_tokenizer
 from fsllm_client.trainer.group import Group
-from fsllm_client.trainer.loop import token_losses
-from fsllm_client.trainer.orders import Account, Advanced, Build, Evaluate, Finished, Prepare, Train
+from fsllm_client.trainer.orders import Account
 from fsllm_client.trainer.session import Session
 from fsllm_client.trainer.tensor_files import read_metadata, read_tensors, write_tensors
+from fsllm_common.algorithms import algorithm_class
 from fsllm_common.errors import FsllmError
-from fsllm_common.plan import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-Tensors = dict[str, torch.Tensor]
-
-
-def _plan(kind: str = "lora", stage: int = 2, **sections: dict[str, Any]) -> Plan:
-    train = {"steps": 2, "batch_size": 6, "micro_batch_size": 3, "precision": "fp32", "learning_rate": 0.01}
-    return Plan.model_validate(
-        {
-            "name": "t",
-            "seed": 11,
-            "rounds": 9,
-            "model": {"name": "tiny"},
-            "adapter": {"kind": kind, "rank": 3, "virtual_tokens": 5, **sections.get("adapter", {})},
-            "algorithm": sections.get("algorithm", {}),
-            "train": {**train, **sections.get("train", {})},
-            "deepspeed": {"zero_stage": stage},
-            "data": {"template": "plain", "max_length": 24, "validation_fraction": 0.2, **sections.get("data", {})},
-            "evaluate": sections.get("evaluate", {}),
-        }
-    )
-
-
-class _Site:
-    """One worker's life."""
-
-    def __init__(self, folder: Path, plan: Plan, alone: Group, model: Path, rows: Path, **prepare: object) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        self.plan = plan
-        self.reports: list[Advanced] = []
-        self.unwanted = False
-        self.session = Session(lambda: alone, self.reports.append, lambda: self.unwanted)
-        order = {"run_id": "r", "plan": plan, "model": model, "data": rows, "role": "site", **prepare}
-        self.prepared = self.session.carry_out(Prepare(**order))
-
-    def build(self) -> Path:
-        self.session.carry_out(Build(adapter=self.folder / "version-0.safetensors"))
-        return self.folder / "version-0.safetensors"
-
-    def train(self, base: Path, number: int = 1, *, keep: Path | None = None) -> Tensors:
-        delta = self.folder / f"delta-{number}.safetensors"
-        delta.unlink(missing_ok=True)
-        self.finished = self.session.carry_out(Train(round=number, base=base, delta=delta, resume=keep))
-        return read_tensors(delta)
-
-    def evaluate(self, adapter: Path) -> Finished:
-        return self.session.carry_out(Evaluate(adapter=adapter))
-
-
-@pytest.fixture
-def site(tmp_path: Path, alone: Group, tiny_model: Path, tiny_rows: Path) -> Callable[..., _Site]:
-    count = 0
-
-    def make(plan: Plan, model: Path = tiny_model, rows: Path = tiny_rows, **prepare: object) -> _Site:
-        nonlocal count
-        count += 1
-        return _Site(tmp_path / f"site-{count}", plan, alone, model, rows, **prepare)
-
-    return make
-
-
-def _same(one: Tensors, other: Tensors, tolerance: float = 0.0) -> bool:
-    return one.keys() == other.keys() and all(float((one[name] - other[name]).abs().max()) <= tolerance for name in one)
-
-
-def _added(folder: Path, base: Path, delta: Tensors) -> Path:
-    path = folder / "next.safetensors"
-    start = read_tensors(base)
-    write_tensors(path, {name: start[name] + delta[name] for name in start})
-    return path
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_round_is_plain_torchs_on_the_mean_over_all_answer_tokens_of_a_step(
-    packing: bool, site: Callable[..., _Site], tiny_model: Path, tiny_rows: Path
+    packing: bool, site: Callable[..., Site], tiny_model: Path, tiny_rows: Path
 ) -> None:
-    plan = _plan(train={"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}, data={"packing": packing})
+    plan = make_plan(train={"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}, data={"packing": packing})
     one = site(plan)
     base = one.build()
     delta = one.train(base, 3)
@@ -129,7 +59,7 @@ def test_a_round_is_plain_torchs_on_the_mean_over_all_answer_tokens_of_a_step(
         tokens.append(int((labels != -100).sum()))
     expected = {name: parameter.detach() - start[name] for name, parameter in parameters.items()}
 
-    assert _same(delta, expected, 2e-6)
+    assert same(delta, expected, 2e-6)
     assert max(float(t.abs().max()) for t in delta.values()) > 1e-3
     assert one.finished.metrics["train_loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
     assert one.finished.counts == {"examples": len(data.train), "tokens": sum(tokens), "steps": 2}
@@ -137,60 +67,72 @@ def test_a_round_is_plain_torchs_on_the_mean_over_all_answer_tokens_of_a_step(
     assert (len(rows) < len(data.train)) == packing
 
 
-def test_the_size_of_a_micro_batch_changes_nothing(site: Callable[..., _Site]) -> None:
+def test_the_size_of_a_micro_batch_changes_nothing(site: Callable[..., Site]) -> None:
     deltas = []
     for micro in (1, 4, None):
-        one = site(_plan(data={"packing": False}, train={"micro_batch_size": micro, "optimizer": "sgd"}))
+        one = site(make_plan(data={"packing": False}, train={"micro_batch_size": micro, "optimizer": "sgd"}))
         deltas.append(one.train(one.build()))
-    assert _same(deltas[0], deltas[1], 1e-6)
-    assert _same(deltas[0], deltas[2], 1e-6)
+    assert same(deltas[0], deltas[1], 1e-6)
+    assert same(deltas[0], deltas[2], 1e-6)
 
 
-def test_version_0_has_the_same_bits_whatever_the_site_trains_with(site: Callable[..., _Site]) -> None:
-    plain = site(_plan("dora", 1)).build()
-    other = site(_plan("dora", 3, train={"precision": "bf16"})).build()
+def test_version_0_has_the_same_bits_whatever_the_site_trains_with(site: Callable[..., Site]) -> None:
+    plain = site(make_plan("dora", 1)).build()
+    other = site(make_plan("dora", 3, train={"precision": "bf16"})).build()
     assert plain.read_bytes() == other.read_bytes()
     assert json.loads(read_metadata(plain)["adapter_config"])["use_dora"] is True
 
 
-def test_an_evaluation_between_two_rounds_changes_neither(site: Callable[..., _Site]) -> None:
-    plan = _plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
+def test_an_evaluation_between_two_rounds_changes_neither(site: Callable[..., Site]) -> None:
+    plan = make_plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
     deltas = []
     for evaluates in (False, True):
         one = site(plan)
         base = one.build()
         first = one.train(base, 1, keep=one.folder / "keep")
-        following = _added(one.folder, base, first)
+        following = added(one.folder, base, first)
         if evaluates:
             one.evaluate(base)
         deltas.append(one.train(following, 2, keep=one.folder / "keep"))
-    assert _same(*deltas)
+    assert same(*deltas)
 
 
-def test_a_kept_optimizer_outlives_the_worker_and_a_round_can_be_trained_again(site: Callable[..., _Site]) -> None:
-    plan = _plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
+def test_a_kept_optimizer_outlives_the_worker_and_a_round_can_be_trained_again(site: Callable[..., Site]) -> None:
+    plan = make_plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
     one = site(plan)
     keep = one.folder / "keep"
     base = one.build()
-    following = _added(one.folder, base, one.train(base, 1, keep=keep))
+    following = added(one.folder, base, one.train(base, 1, keep=keep))
     second = one.train(following, 2, keep=keep)
 
     again = site(plan)  # another process, as far as the engine can tell
-    assert _same(again.train(following, 2, keep=keep), second)
-    forgetful = site(_plan(adapter={"dropout": 0.2}))
-    assert not _same(forgetful.train(following, 2), second, 1e-4)
-    assert not _same(again.train(following, 3, keep=keep), second, 1e-4)  # another round, other batches
+    assert same(again.train(following, 2, keep=keep), second)
+    forgetful = site(make_plan(adapter={"dropout": 0.2}))
+    assert not same(forgetful.train(following, 2), second, 1e-4)
+    assert not same(again.train(following, 3, keep=keep), second, 1e-4)  # another round, other batches
     assert len(list(keep.iterdir())) == 2
 
 
-def test_what_is_done_ahead_of_a_round_changes_none_of_its_bits(site: Callable[..., _Site]) -> None:
-    plan = _plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
+def test_a_round_that_trains_nothing_reports_no_loss(site: Callable[..., Site]) -> None:
+    one = site(make_plan(algorithm={"name": "fedask"}))
+    base, keep = one.build(), one.folder / "keep"
+    zero = read_tensors(base)
+    extra = algorithm_class("fedask")(one.plan).extra({name: tuple(zero[name].shape) for name in zero})  # noqa: S610
+    write_tensors(base, zero | {name: torch.from_numpy(array) for name, array in extra.items()})
+    one.train(base, 1, keep=keep)
+    assert one.finished.metrics["train_loss"] > 0
+    one.train(base, 2, keep=keep)
+    assert (one.finished.counts["tokens"], "train_loss" in one.finished.metrics) == (0, False)
+
+
+def test_what_is_done_ahead_of_a_round_changes_none_of_its_bits(site: Callable[..., Site]) -> None:
+    plan = make_plan(train={"optimizer_state": "keep"}, adapter={"dropout": 0.2})
     deltas = []
     for ahead in (False, True):
         one = site(plan)
         keep = one.folder / "keep"
         base = one.build()
-        following = _added(one.folder, base, one.train(base, 1, keep=keep))
+        following = added(one.folder, base, one.train(base, 1, keep=keep))
         if ahead:
             one.session.look_ahead()
             one.evaluate(base)
@@ -203,12 +145,12 @@ def test_what_is_done_ahead_of_a_round_changes_none_of_its_bits(site: Callable[.
             # A round that is trained again starts from the state before it, not from the one that lies ready.
             one.session.look_ahead()
             deltas.append(one.train(following, 2, keep=keep))
-    assert _same(deltas[0], deltas[1])
-    assert _same(deltas[0], deltas[2])
+    assert same(deltas[0], deltas[1])
+    assert same(deltas[0], deltas[2])
 
 
-def test_the_head_is_given_the_answers_alone(site: Callable[..., _Site]) -> None:
-    one = site(_plan(data={"packing": True}, evaluate={"metrics": ["loss"]}))
+def test_the_head_is_given_the_answers_alone(site: Callable[..., Site]) -> None:
+    one = site(make_plan(data={"packing": True}, evaluate={"metrics": ["loss"]}))
     base = one.build()
     given: list[int] = []
     head = one.session._run.engine.model.get_base_model().get_output_embeddings()
@@ -219,17 +161,17 @@ def test_the_head_is_given_the_answers_alone(site: Callable[..., _Site]) -> None
     assert one.evaluate(base).counts["tokens"] == sum(given)
 
 
-def test_a_reset_optimizer_knows_nothing_of_the_rounds_before(site: Callable[..., _Site]) -> None:
-    plan = _plan()
+def test_a_reset_optimizer_knows_nothing_of_the_rounds_before(site: Callable[..., Site]) -> None:
+    plan = make_plan()
     one, fresh = site(plan), site(plan)
     base = one.build()
     one.train(base, 1)
-    assert _same(one.train(base, 2), fresh.train(base, 2))
+    assert same(one.train(base, 2), fresh.train(base, 2))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_round_that_diverges_is_given_up_and_the_next_is_sound(stage: int, site: Callable[..., _Site]) -> None:
-    one, fresh = site(_plan(stage=stage)), site(_plan(stage=stage))
+def test_a_round_that_diverges_is_given_up_and_the_next_is_sound(stage: int, site: Callable[..., Site]) -> None:
+    one, fresh = site(make_plan(stage=stage)), site(make_plan(stage=stage))
     base = one.build()
     spoilt = one.folder / "spoilt.safetensors"
     write_tensors(spoilt, {name: torch.full_like(t, 1e30) for name, t in read_tensors(base).items()})
@@ -237,11 +179,11 @@ def test_a_round_that_diverges_is_given_up_and_the_next_is_sound(stage: int, sit
         one.train(spoilt)
     assert caught.value.reason == "LOSS_NOT_FINITE"
     assert not (one.folder / "delta-1.safetensors").exists()
-    assert _same(one.train(base), fresh.train(base))
+    assert same(one.train(base), fresh.train(base))
 
 
-def test_an_order_that_is_no_longer_wanted_ends_at_its_next_step(site: Callable[..., _Site]) -> None:
-    one, fresh = site(_plan()), site(_plan())
+def test_an_order_that_is_no_longer_wanted_ends_at_its_next_step(site: Callable[..., Site]) -> None:
+    one, fresh = site(make_plan()), site(make_plan())
     base = one.build()
     one.unwanted = True
     for order in (lambda: one.train(base), lambda: one.evaluate(base)):
@@ -249,15 +191,15 @@ def test_an_order_that_is_no_longer_wanted_ends_at_its_next_step(site: Callable[
             order()
         assert caught.value.reason == "ORDER_UNKNOWN"
     one.unwanted = False
-    assert _same(one.train(base), fresh.train(base))
+    assert same(one.train(base), fresh.train(base))
 
 
 def test_the_loss_measured_is_the_mean_over_the_validation_rows_tokens(
-    site: Callable[..., _Site], tiny_model: Path, tiny_rows: Path
+    site: Callable[..., Site], tiny_model: Path, tiny_rows: Path
 ) -> None:
-    plan = _plan(train={"micro_batch_size": 2}, evaluate={"limit": 5})
+    plan = make_plan(train={"micro_batch_size": 2}, evaluate={"limit": 5})
     one = site(plan)
-    base = _added(one.folder, one.build(), one.train(one.build()))
+    base = added(one.folder, one.build(), one.train(one.build()))
     found = one.evaluate(base)
 
     data = load_site_data(tiny_rows, plan, load_tokenizer(tiny_model), "site")
@@ -279,9 +221,9 @@ def test_the_loss_measured_is_the_mean_over_the_validation_rows_tokens(
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 def test_exact_match_counts_the_answers_that_the_model_really_gives(
-    kind: str, site: Callable[..., _Site], tmp_path: Path, tiny_model: Path, tiny_rows: Path
+    kind: str, site: Callable[..., Site], tmp_path: Path, tiny_model: Path, tiny_rows: Path
 ) -> None:
-    plan = _plan(kind, evaluate={"metrics": ["exact_match"], "max_new_tokens": 6})
+    plan = make_plan(kind, evaluate={"metrics": ["exact_match"], "max_new_tokens": 6})
     base = site(plan).build()
     base_tensors = read_tensors(base)
     generator = torch.Generator().manual_seed(2)
@@ -315,24 +257,26 @@ def test_exact_match_counts_the_answers_that_the_model_really_gives(
     assert "loss" not in found.metrics
 
 
-def test_sequences_are_not_packed_for_adapters_that_only_a_first_example_would_see(site: Callable[..., _Site]) -> None:
-    one = site(_plan("prompt"))
+def test_sequences_are_not_packed_for_adapters_that_only_a_first_example_would_see(
+    site: Callable[..., Site],
+) -> None:
+    one = site(make_plan("prompt"))
     assert one.prepared.counts["sequences"] == one.prepared.counts["train_rows"]
     assert any("not packed" in note for note in one.prepared.notes)
 
 
 def test_what_can_not_be_prepared_is_said_with_its_reason(
-    site: Callable[..., _Site], tmp_path: Path, tiny_model: Path
+    site: Callable[..., Site], tmp_path: Path, tiny_model: Path
 ) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "secret", "completion"')
     settings = tmp_path / "ds.json"
     settings.write_text("{")
-    cases: list[tuple[str, Callable[[], _Site]]] = [
-        ("MODEL_MISSING", lambda: site(_plan(), model=tmp_path / "absent")),
-        ("MODEL_UNSUITABLE", lambda: site(_plan(adapter={"targets": ["c_attn"]}))),
-        ("DATA_INVALID", lambda: site(_plan(), rows=broken)),
-        ("SETTING_INVALID", lambda: site(_plan(), deepspeed_config=settings)),
+    cases: list[tuple[str, Callable[[], Site]]] = [
+        ("MODEL_MISSING", lambda: site(make_plan(), model=tmp_path / "absent")),
+        ("MODEL_UNSUITABLE", lambda: site(make_plan(adapter={"targets": ["c_attn"]}))),
+        ("DATA_INVALID", lambda: site(make_plan(), rows=broken)),
+        ("SETTING_INVALID", lambda: site(make_plan(), deepspeed_config=settings)),
     ]
     for reason, prepare in cases:
         with pytest.raises(FsllmError) as caught:
@@ -341,8 +285,8 @@ def test_what_can_not_be_prepared_is_said_with_its_reason(
         assert "secret" not in str(caught.value)
 
 
-def test_an_adapter_of_another_shape_is_refused_by_the_tensors_name(site: Callable[..., _Site]) -> None:
-    one = site(_plan())
+def test_an_adapter_of_another_shape_is_refused_by_the_tensors_name(site: Callable[..., Site]) -> None:
+    one = site(make_plan())
     tensors = read_tensors(one.build())
     name = next(iter(tensors))
     other = one.folder / "other.safetensors"
@@ -353,17 +297,17 @@ def test_an_adapter_of_another_shape_is_refused_by_the_tensors_name(site: Callab
     assert name in caught.value.message
 
 
-def test_the_sites_json_is_used_and_what_it_may_not_say_is_noted(site: Callable[..., _Site], tmp_path: Path) -> None:
+def test_the_sites_json_is_used_and_what_it_may_not_say_is_noted(site: Callable[..., Site], tmp_path: Path) -> None:
     settings = tmp_path / "ds.json"
     settings.write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "fp16": {}})
     )
-    plan = _plan(stage=1, train={"optimizer": "sgd"})
+    plan = make_plan(stage=1, train={"optimizer": "sgd"})
     partitioned, whole = site(plan, deepspeed_config=settings), site(plan)
     assert any("fp16" in note for note in partitioned.prepared.notes)
     assert partitioned.session._run.engine.stage == 3
     base = whole.build()
-    assert _same(partitioned.train(base), whole.train(base), 1e-6)
+    assert same(partitioned.train(base), whole.train(base), 1e-6)
 
 
 def test_epsilon_needs_no_preparation() -> None:

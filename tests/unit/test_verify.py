@@ -19,6 +19,7 @@ from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError
 from fsllm_common.round_manifest import decode
 from fsllm_server.engine.retention import Retention
+from fsllm_server.reduce import VERSIONS
 
 RECOMPUTED = control_pb2.ROUND_VERDICT_RECOMPUTED
 CHAIN_ONLY = control_pb2.ROUND_VERDICT_CHAIN_ONLY
@@ -174,6 +175,23 @@ async def test_uploads_that_are_lost_shorter_or_longer(
         assert await broken(server, run) == {3: words}
 
 
+async def test_rounds_of_an_earlier_arithmetic_are_not_held_against_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, EVERYTHING) as server:
+        run = await three_rounds(server)
+        monkeypatch.setitem(VERSIONS, "sum", 2)
+        found = await findings(server, run)
+        note = "its uploads are kept, but it was made by sum 1; this fsllm has sum 2"
+        assert [(f.verdict, list(f.problems), f.note) for f in found] == [(CHAIN_ONLY, [], note)] * 4
+        # What is made from now on says so, and is recomputed.
+        later = await server.engine.submit(make_plan(cohort={"quorum": 3}, rounds=1), "r2")
+        await server.done(later)
+        assert [f.verdict for f in await findings(server, later)] == [RECOMPUTED] * 2
+        reducers = [decode(one.body)["reducer"] for one in server.engine.manifests(later)]
+        assert reducers == [{"name": "sum", "version": 2}] * 2
+
+
 def change(folder: Path, kind: str, count: int, edit: Callable[[Any], None]) -> None:
     """Edit the body of the count-th event of a kind, as somebody with access to the database would."""
     with contextlib.closing(sqlite3.connect(folder / "db.sqlite3")) as database, database:
@@ -193,7 +211,7 @@ def next_float(event: Any) -> None:  # noqa: ANN401
     ("kind", "count", "edit", "words"),
     [
         ("reduced", 2, next_float, "updates"),
-        ("reduced", 2, lambda e: e.update(digest="0" * 64), "result"),
+        ("reduced", 2, lambda e: e["parts"][0].update(digest="0" * 64), "result"),
         ("update", 5, lambda e: e.update(examples=e["examples"] + 1), "updates"),
         ("update", 5, lambda e: e.update(digest="0" * 64), "updates"),
     ],

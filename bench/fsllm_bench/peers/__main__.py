@@ -18,7 +18,7 @@ from fsllm_bench.report import markdown, write_section
 from fsllm_bench.rounds import measure_rounds, parse_cell
 
 CELLS: Final = ("8x2", "64x2", "64x8")
-ALL: Final = ("8x2", "64x2", "64x8", "256x2", "256x4")
+ALL: Final = tuple(f"{size}x{sites}" for size in (8, 64, 256) for sites in (2, 4, 8))
 PEERS: Final = {f"NVIDIA FLARE {flare.VERSION}": flare.measure, f"Flower {flower.VERSION}": flower.measure}
 COLUMNS: Final = ("MiB of float32", "sites", "who", "s a round", "times ours", "servers' peak, MiB")
 

@@ -32,8 +32,11 @@ class Batch:
 
     inputs: dict[str, Any]
     answer_tokens: int
+    """How many losses its own is the sum of: one an answer token, or one a preference."""
     tokens: int
     examples: int
+    pairs: tuple[Encoded, ...] = ()
+    """Of preferences: each has two rows in ``inputs``, the chosen answer's and then the rejected one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,11 @@ class Step:
 
 def collate(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """Make one batch, filled at the right to its longest row. Rows that are not ``packed`` hold exactly one example."""
+    pairs = tuple(example for row in rows for example in row if example.rejected is not None)
+    losses = sum(example.answer_tokens for row in rows for example in row)
+    examples = sum(len(row) for row in rows)
+    if not packed:
+        rows = [(side,) for row in rows for example in row for side in example.sides]
     width = max(sum(len(example) for example in row) for row in rows)
     input_ids = np.full((len(rows), width), pad, np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
@@ -72,9 +80,10 @@ def collate(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     inputs["use_cache"] = False
     return Batch(
         inputs,
-        answer_tokens=int(np.count_nonzero(labels != IGNORED)),
+        answer_tokens=losses,
         tokens=int(mask.sum()),
-        examples=sum(len(row) for row in rows),
+        examples=examples,
+        pairs=pairs,
     )
 
 

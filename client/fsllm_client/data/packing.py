@@ -13,22 +13,20 @@ instead.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fsllm_client.data.tokenise import Encoded
+from fsllm_common.plan.combinations import PROMPT_KINDS
 
 if TYPE_CHECKING:
     import torch
 
-PREPENDING_ADAPTERS: Final = frozenset({"prefix", "prompt", "p-tuning"})
-"""Kinds of adapter that put virtual tokens before a sequence: only its first example would see them."""
-
 
 def adapter_allows_packing(kind: str) -> bool:
-    """Whether sequences may hold several examples with this kind of adapter."""
-    return kind not in PREPENDING_ADAPTERS
+    """Whether sequences may hold several examples: of virtual tokens before a sequence, only the first would see."""
+    return kind not in PROMPT_KINDS
 
 
 def pack(examples: Sequence[Encoded], max_length: int, seed: int) -> list[tuple[Encoded, ...]]:

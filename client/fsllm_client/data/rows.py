@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, Self, cast, get_args
 
 from fsllm_common.errors import DataInvalid
-from fsllm_common.plan.schema import Data
+from fsllm_common.plan.schema import Data, FieldName
 
-Format = Literal["instruction", "completion", "chat", "text"]
+Format = Literal["instruction", "completion", "chat", "text", "preference"]
 Role = Literal["system", "user", "assistant"]
-FieldName = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"]
 
 REQUIRED: Final[dict[Format, tuple[FieldName, ...]]] = {
     "chat": ("messages",),
@@ -20,7 +19,7 @@ REQUIRED: Final[dict[Format, tuple[FieldName, ...]]] = {
     "text": ("text",),
 }
 """The fields that make a format, in the order in which formats are tried. Text comes last: datasets often carry a
-rendered ``text`` beside the fields it was made from."""
+rendered ``text`` beside the fields it was made from. Preferences are never tried: the algorithm must want them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +52,24 @@ class Turn:
 class Example:
     """A row of a site's data: a conversation to be answered, or plain text (one assistant turn and no prompt).
 
+    ``rejected`` is what a preference has besides: the answer that the last one is preferred to.
+
     Two examples are equal when their content is, wherever they stand.
     """
 
     format: Format
     turns: tuple[Turn, ...]
     place: Place = field(compare=False)
+    rejected: str | None = None
+
+    @property
+    def sides(self) -> tuple[Self, ...]:
+        """The conversations that the row holds: itself, or a preference's chosen and rejected one."""
+        if self.rejected is None:
+            return (self,)
+        *prompt, answer = self.turns
+        other = (*prompt, replace(answer, content=self.rejected))
+        return replace(self, rejected=None), replace(self, turns=other, rejected=None)
 
     @property
     def reference(self) -> str | None:
@@ -99,7 +110,11 @@ def example_from_record(record: Mapping[str, object], format_: Format, data: Dat
     def text(ours: FieldName) -> str:
         return _text(record, _file_name(ours, data), place)
 
-    if format_ == "chat":
+    rejected: str | None = None
+    if format_ == "preference":
+        chosen, rejected = (_answer(record, _file_name(ours, data), place) for ours in ("chosen", "rejected"))
+        turns = (*_prompt(record, _file_name("prompt", data), place), Turn("assistant", chosen))
+    elif format_ == "chat":
         turns = _messages(record, _file_name("messages", data), place)
     elif format_ == "instruction":
         # An absent or null input is the common way to say that there is none.
@@ -112,7 +127,27 @@ def example_from_record(record: Mapping[str, object], format_: Format, data: Dat
         turns = (Turn("user", text("prompt")), Turn("assistant", text("completion")))
     else:
         turns = (Turn("assistant", text("text")),)
-    return Example(format_, turns, place)
+    return Example(format_, turns, place, rejected)
+
+
+def _prompt(record: Mapping[str, object], name: str, place: Place) -> tuple[Turn, ...]:
+    """Return a preference's prompt: text, or the messages so far."""
+    if isinstance(record.get(name), list):
+        return _messages(record, name, place)
+    return (Turn("user", _text(record, name, place)),)
+
+
+def _answer(record: Mapping[str, object], name: str, place: Place) -> str:
+    """Return one of a preference's answers: text, or a list with one message of the assistant."""
+    if not isinstance(record.get(name), list):
+        return _text(record, name, place)
+    turns = _messages(record, name, place)
+    if [turn.role for turn in turns] != ["assistant"]:
+        raise DataInvalid(
+            f"{place}: '{name}' is not one message of the assistant.",
+            cure="Put what chosen and rejected have in common into the prompt.",
+        )
+    return turns[0].content
 
 
 def _file_name(ours: FieldName, data: Data) -> str:

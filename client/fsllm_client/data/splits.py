@@ -29,7 +29,8 @@ class Split:
 
 def content_key(example: Example, seed: int) -> int:
     """Return a number in [0, 2**64) that depends on the example's content and the seed, as good as drawn at random."""
-    content = json.dumps([example.format, [[turn.role, turn.content, turn.input] for turn in example.turns]])
+    rejected = [] if example.rejected is None else [example.rejected]
+    content = json.dumps([example.format, [[turn.role, turn.content, turn.input] for turn in example.turns], *rejected])
     digest = hashlib.blake2b(content.encode(), digest_size=8, key=seed.to_bytes(8, "big"))
     return int.from_bytes(digest.digest(), "big")
 

@@ -5,7 +5,7 @@ tokenizer   the chat template that comes with the model
 alpaca      Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca), with or without an input
 chatml      ``<|im_start|>role\n...<|im_end|>\n``
 brief       ``### Instruction:\n...\n### Response:\n``
-plain       what the row holds and no more: a prompt/completion row verbatim, else each turn on its own line
+plain       what the row holds and no more: a prompt and its completion verbatim, else each turn on its own line
 ==========  ===========================================================================================================
 
 An instruction's input goes below it on its own line, except in alpaca, which has a heading for it. Plain text passes
@@ -111,7 +111,7 @@ def _brief(example: Example) -> list[Segment]:
 
 
 def _plain(example: Example) -> list[Segment]:
-    if example.format == "completion":
+    if example.format == "completion" or (example.format == "preference" and len(example.turns) == 2):
         return _join(example.turns, lambda turn: turn.content, "", "")
     return _join(example.turns, lambda turn: f"{_with_input(turn)}\n", "", "\n")
 

@@ -6,7 +6,7 @@ the prompt that was trained on is not the prompt that generation starts from. Jo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
@@ -36,6 +36,12 @@ class Encoded:
     labels: Ids  # (tokens,): the token's own id where it is trained, else IGNORED; the first is never trained
     prompt_tokens: int  # input_ids[:prompt_tokens] is the prompt of the last answer; 0 for plain text
     reference: str | None  # the last answer, whole; None for plain text, or where the last answer was cut off
+    rejected: "Encoded | None" = None  # of a preference, whose chosen side this is
+
+    @property
+    def sides(self) -> "tuple[Encoded, ...]":
+        """The sequences of the example: one, or a preference's two."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def prompt_ids(self) -> Ids:
@@ -44,7 +50,9 @@ class Encoded:
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens have a loss."""
+        """How many losses there are: one an answer token, or one a preference."""
+        if self.rejected is not None:
+            return 1
         return int(np.count_nonzero(self.labels != IGNORED))
 
     def __len__(self) -> int:
@@ -138,17 +146,40 @@ def encode(
     encoded: list[Encoded] = []
     for start in range(0, len(examples), _ROWS_A_CALL):
         chunk = examples[start : start + _ROWS_A_CALL]
-        rendered = [render(example) for example in chunk]
+        rendered = [render(side) for example in chunk for side in example.sides]
         ids = iter(_tokenise(tokenizer, [segment.text for segments in rendered for segment in segments]))
-        for example, segments in zip(chunk, rendered, strict=True):
-            pieces = [next(ids) for _ in segments]
+        segments = iter(rendered)
+
+        def take(side: Example, tally: Tally) -> Encoded | None:
+            written = next(segments)  # noqa: B023 (called in this pass of the loop)
+            pieces = [next(ids) for _ in written]  # noqa: B023
             # A chat template writes the beginning itself; all else gets what the tokenizer puts before any text.
-            bos = None if template == "tokenizer" and example.format != "text" else special.bos
-            one = _assemble(example, _closed(segments, pieces, special.eos), bos, max_length, tally)
+            bos = None if template == "tokenizer" and side.format != "text" else special.bos
+            return _assemble(side, _closed(written, pieces, special.eos), bos, max_length, tally)
+
+        for example in chunk:
+            one = take(example, tally) if example.rejected is None else _pair(example, take, tally)
             if one is not None:
                 encoded.append(one)
         progress(len(chunk))
     return encoded
+
+
+def _pair(example: Example, take: Callable[[Example, Tally], Encoded | None], tally: Tally) -> Encoded | None:
+    """Return a preference, whose sides have losses on their last answers only, or None when a side has none."""
+    ofs = (Tally(), Tally())
+    chosen, rejected = (take(side, of) for side, of in zip(example.sides, ofs, strict=True))
+    if chosen is None or rejected is None or chosen.reference is None or rejected.reference is None:
+        blank = any(of.without_answer for of in ofs)
+        tally.without_answer += blank
+        tally.cut_off += not blank
+        return None
+    for side in (chosen, rejected):
+        side.labels[: side.prompt_tokens] = IGNORED
+    tally.encoded += 1
+    tally.truncated += any(of.truncated for of in ofs)
+    tally.rewritten += any(of.rewritten for of in ofs)
+    return replace(chosen, rejected=rejected)
 
 
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

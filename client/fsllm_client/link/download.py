@@ -1,9 +1,12 @@
-"""Fetching versions: into a content-addressed cache, from any offset, verified chunk by chunk and as a whole."""
+"""Fetching versions into a content-addressed cache: from any offset, verified chunk by chunk and as a whole.
+
+A version may have several parts (fsllm.v1.Version); those that are here already are not fetched again.
+"""
 
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Final
 import grpc
 from google.protobuf.message import DecodeError
 
-from fsllm.v1.federation_pb2 import DownloadRequest
+from fsllm.v1.federation_pb2 import DownloadRequest, Version
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_client.link.channel import Link
 from fsllm_client.link.retry import until_done
@@ -25,7 +28,7 @@ from fsllm_common.tensors.manifest import PayloadDigest, payload_digest, validat
 from fsllm_common.tensors.parts import ManifestReader
 
 KEPT: Final = 2
-"""Versions that stay in the cache besides the one in use."""
+"""Parts of versions that stay in the cache besides those in use."""
 
 Advance = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
@@ -33,7 +36,7 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CachedVersion:
-    """A verified version on this disk."""
+    """A verified version, or a part of one, on this disk."""
 
     manifest: Manifest
     payload: Path
@@ -45,6 +48,11 @@ class VersionCache:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._verified: set[bytes] = set()
+        self._in_use: frozenset[bytes] = frozenset()
+
+    def use(self, digests: Iterable[bytes]) -> None:
+        """Keep these from now on, whatever else comes, until others are named."""
+        self._in_use = frozenset(digests)
 
     def find(self, digest: bytes) -> CachedVersion | None:
         """Return a version if it is here. Its digest is computed once in this process: no download was ever synced."""
@@ -78,8 +86,9 @@ class VersionCache:
         manifest_path.write_bytes(manifest.SerializeToString())
         partial.path.replace(payload)
         self._verified.add(manifest.digest)
-        newest = sorted(self._root.glob("*.payload"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in newest[KEPT + 1 :]:
+        others = [path for path in self._root.glob("*.payload") if bytes.fromhex(path.stem) not in self._in_use]
+        newest = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in newest[KEPT + (manifest.digest not in self._in_use) :]:
             self._drop(bytes.fromhex(old.stem))
         return CachedVersion(manifest, payload)
 
@@ -178,13 +187,20 @@ class Downloader:
         self._cache = cache
         self._metrics = metrics
 
-    async def fetch(self, run_id: str, digest: bytes, advance: Advance = lambda done, total: None) -> CachedVersion:
-        """Return a version, from the cache or from the server, however often the connection breaks.
+    async def fetch(
+        self, run_id: str, version: Version, advance: Advance = lambda done, total: None
+    ) -> list[CachedVersion]:
+        """Return a version's parts, from the cache or from the server, however often the connection breaks.
 
         Raises:
             FsllmError: BLOB_UNKNOWN, and whatever else the server refuses with.
 
         """
+        digests = [part.digest for part in version.parts] or [version.digest]
+        self._cache.use(digests)
+        return [await self._fetch(run_id, digest, advance) for digest in digests]
+
+    async def _fetch(self, run_id: str, digest: bytes, advance: Advance) -> CachedVersion:
         found = await asyncio.to_thread(self._cache.find, digest)
         if found is not None:
             return found

@@ -7,7 +7,14 @@ from typing import Any
 
 import grpc
 
-from fsllm.v1.federation_pb2 import Receipt, UploadBegin, UploadRequest, UploadResponse, UploadStatusRequest
+from fsllm.v1.federation_pb2 import (
+    Receipt,
+    UploadBegin,
+    UploadRequest,
+    UploadResponse,
+    UploadStatusRequest,
+    UploadStatusResponse,
+)
 from fsllm_client.link.channel import Link
 from fsllm_client.link.retry import until_done
 from fsllm_client.site.outbox import Parcel
@@ -52,8 +59,8 @@ class Uploader:
             nonlocal attempts
             attempts += 1
             # After a broken stream nobody knows here whether the last chunk was recorded: the server does.
-            if attempts > 1 and (receipt := await self._recorded(parcel)) is not None:
-                return receipt
+            if attempts > 1 and (status := await self.status(parcel)).HasField("receipt"):
+                return status.receipt
             try:
                 return await self._send(parcel, advanced)
             except FsllmError as error:
@@ -64,14 +71,19 @@ class Uploader:
 
         return await until_done("an upload", attempt, lambda: position)
 
-    async def _recorded(self, parcel: Parcel) -> Receipt | None:
+    async def status(self, parcel: Parcel) -> UploadStatusResponse:
+        """Ask the server what it has of a parcel, and whether it still wants it.
+
+        Raises:
+            FsllmError: The server can not be asked now.
+
+        """
         begin = parcel.begin
         request = UploadStatusRequest(run_id=begin.run_id, round=begin.round, digest=parcel.digest)
         try:
-            status = await self._link.stub.UploadStatus(request, wait_for_ready=True, timeout=30)
+            return await self._link.stub.UploadStatus(request, wait_for_ready=True, timeout=30)
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from error
-        return status.receipt if status.HasField("receipt") else None
 
     async def _send(self, parcel: Parcel, advance: Advance) -> Receipt:
         announced = time.monotonic()

@@ -1,6 +1,7 @@
 """What a plan would send from this site, for the person who answers for its data: `fsllm-client explain PLAN`."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -8,9 +9,10 @@ from fsllm.v1.tensors_pb2 import TensorRole
 from fsllm_client.site import synthetic
 from fsllm_client.site.machine import Machine
 from fsllm_client.site.policy import MEASURED, UNMEASURED, Policy, Role
-from fsllm_client.site.privacy import noise_of, trains
+from fsllm_client.site.privacy import noise_of, part_in, trains
 from fsllm_client.site.shapes import adapter_shapes
 from fsllm_common.accounting.budget import epsilon_of
+from fsllm_common.algorithms import algorithm_class
 from fsllm_common.errors import FsllmError
 from fsllm_common.plan import Plan
 from fsllm_common.tensors.manifest import WIDTH, WIRE_TYPES, role_of
@@ -43,6 +45,8 @@ class TensorLine:
     role: str
     element_type: str
     bytes: int
+    rounds: int
+    """In how many rounds of the run it is sent."""
 
 
 @dataclass(slots=True)
@@ -62,7 +66,10 @@ class Explanation:
     tensors: list[TensorLine] = field(default_factory=list)
     tensors_unknown: str = ""
     """Why the tensors could not be listed; empty when they could."""
+    kept: list[str] = field(default_factory=list)
+    """Tensors that are trained here and stay here."""
     bytes_per_round: int = 0
+    """At most."""
     bytes_in_all: int = 0
     privacy: str = ""
     epsilon: float | None = None
@@ -72,8 +79,9 @@ class Explanation:
 def explain(plan: Plan, policy: Policy, role: Role, machine: Machine) -> Explanation:
     """Say what ``plan`` would send from this site, and whether its policy accepts it."""
     learns = trains(plan)
-    noise = noise_of(plan, role)
-    refusals = [refusal.message for refusal in policy.refusals(plan, role)]
+    part = part_in(plan, role)
+    noise = noise_of(plan, part)
+    refusals = [refusal.message for refusal in policy.refusals(plan, part)]
     epsilon = epsilon_of(noise.multiplier, plan.rounds, noise.delta) if noise is not None else None
     if epsilon is not None:
         try:
@@ -93,35 +101,36 @@ def explain(plan: Plan, policy: Policy, role: Role, machine: Machine) -> Explana
         refusals=refusals,
         rounds=plan.rounds,
         messages=_messages(plan, policy, role, evaluated),
-        metrics=_metrics(plan, policy, role, evaluated),
-        counts=[] if role == "evaluator" else ["steps"] if noise is not None else ["examples", "tokens", "steps"],
+        metrics=_metrics(plan, policy, part, evaluated),
+        counts=[] if part == "evaluator" else ["steps"] if noise is not None else ["examples", "tokens", "steps"],
         epsilon=epsilon,
-        privacy=_privacy(plan, learns, role, epsilon),
+        privacy=_privacy(plan, learns, part, epsilon),
     )
-    if role == "site":
+    if part == "site":
         _add_tensors(found, plan, policy, machine)
     return found
 
 
 def _messages(plan: Plan, policy: Policy, role: Role, evaluated: list[str]) -> dict[str, str]:
-    messages = dict(_ALWAYS)
-    loss = ", the training loss" if role == "site" and policy.loss_may_leave(plan) else ""
+    messages, part = dict(_ALWAYS), part_in(plan, role)
+    loss = ", the training loss" if part == "site" and policy.loss_may_leave(plan) else ""
     messages["Progress"] = f"the activity, how much of it is done, its speed, the learning rate{loss}"
     if evaluated:
         messages["Done"] = f"{', '.join(evaluated)}, each with the number of examples or tokens behind it"
-    if role == "site":
+    if part == "site":
         messages["Upload"] = "once a round: the manifest and the tensors below, the counts and the metrics"
+    if role == "site":
         messages["Upload of version 0"] = (
-            "only when this site is chosen to build it: the same tensors, made from the seed"
+            "only when this site is chosen to build it: all tensors of the adapter as they begin, made from the seed"
         )
     return messages
 
 
-def _metrics(plan: Plan, policy: Policy, role: Role, evaluated: list[str]) -> list[str]:
-    if role == "evaluator":
+def _metrics(plan: Plan, policy: Policy, part: Role, evaluated: list[str]) -> list[str]:
+    if part == "evaluator":
         return evaluated
     every = dict.fromkeys((*MEASURED, *UNMEASURED), 0.0)
-    noised = noise_of(plan, role) is not None
+    noised = noise_of(plan, part) is not None
     clips = bool(plan.pipeline)
     absent = {
         "epsilon": not noised,
@@ -134,17 +143,17 @@ def _metrics(plan: Plan, policy: Policy, role: Role, evaluated: list[str]) -> li
     return [*(name for name in kept if not absent.get(name, False)), *evaluated]
 
 
-def _privacy(plan: Plan, learns: bool, role: Role, epsilon: float | None) -> str:
+def _privacy(plan: Plan, learns: bool, part: Role, epsilon: float | None) -> str:
     if not learns:
         return "The algorithm reads no data; the tensors are constants."
-    if role == "evaluator":
+    if part == "evaluator":
         return "Nothing is trained here; what is measured is sent without noise."
     if epsilon is None:
         return (
             "No noise: the text does not leave, but the tensors are not differentially private and may tell something "
             "of the rows they were trained on."
         )
-    noise = noise_of(plan, role)
+    noise = noise_of(plan, part)
     delta = noise.delta if noise is not None else 0.0
     return (
         f"Each delta is clipped and noised here, before it leaves: epsilon {epsilon:.3g} at delta {delta:g} over all "
@@ -164,11 +173,19 @@ def _add_tensors(found: Explanation, plan: Plan, policy: Policy, machine: Machin
             if folder is None:
                 found.tensors_unknown = f"{plan.model.name} is no model"
                 return
-            shapes = adapter_shapes(plan, folder)
+            shapes = adapter_shapes(plan.with_rank(policy.rank(plan, "site")), folder)
     except FsllmError as error:
         found.tensors_unknown = error.message
         return
     width = WIDTH[WIRE_TYPES[plan.wire.element_type]]
+    algorithm = algorithm_class(plan.algorithm.name)(plan)
+    if learns := trains(plan):
+        shapes = {**shapes, **{name: array.shape for name, array in algorithm.extra(shapes).items()}}  # noqa: S610 (no Django)
+    schedule = Counter(algorithm.moving(round_) for round_ in range(1, plan.rounds + 1))
+    moving: Counter[str] = Counter()
+    for parts, rounds in schedule.items():
+        moving.update(dict.fromkeys(parts, rounds))
+    found.kept = sorted(name for name in shapes if learns and role_of(name) in algorithm.personal)
     found.tensors = [
         TensorLine(
             name=name,
@@ -176,11 +193,16 @@ def _add_tensors(found: Explanation, plan: Plan, policy: Policy, machine: Machin
             role=TensorRole.Name(role_of(name)).removeprefix("TENSOR_ROLE_").lower(),
             element_type=plan.wire.element_type,
             bytes=math.prod(shape) * width,
+            rounds=rounds,
         )
         for name, shape in sorted(shapes.items(), key=lambda item: item[0].encode())
+        if (rounds := moving[algorithm.part_of(name, role_of(name))]) and name not in found.kept
     ]
-    found.bytes_per_round = sum(line.bytes for line in found.tensors)
-    found.bytes_in_all = found.bytes_per_round * plan.rounds
+    of_part: Counter[str] = Counter()
+    for line in found.tensors:
+        of_part[algorithm.part_of(line.name, role_of(line.name))] += line.bytes
+    found.bytes_per_round = max(sum(of_part[part] for part in parts) for parts in schedule)
+    found.bytes_in_all = sum(line.bytes * line.rounds for line in found.tensors)
 
 
 def lines(found: Explanation) -> list[str]:
@@ -208,9 +230,14 @@ def lines(found: Explanation) -> list[str]:
         out += [
             f"  {line.name:{width}}  {'x'.join(map(str, line.shape)) or 'scalar':>14}  {line.role:9}  "
             f"{line.element_type}  {line.bytes:>12,} bytes"
+            + (f" in {line.rounds} of {found.rounds} rounds" if line.rounds < found.rounds else "")
             for line in found.tensors
         ]
-        out += [f"  {found.bytes_per_round:,} bytes a round, {found.bytes_in_all:,} bytes in all {found.rounds} rounds"]
+        most = "" if all(line.rounds == found.rounds for line in found.tensors) else "at most "
+        total = f"{found.bytes_in_all:,} bytes in all {found.rounds} rounds"
+        out += [f"  {most}{found.bytes_per_round:,} bytes a round, {total}"]
+    if found.kept:
+        out += [f"Tensors that are trained here and stay here: {len(found.kept)}, e.g. {found.kept[0]}"]
     out += ["", f"Privacy: {found.privacy}", "", "What never leaves:"]
     out += [f"  {thing}" for thing in found.never]
     return out

@@ -53,6 +53,16 @@ class Outbox:
             if not (folder / _BEGIN).is_file():
                 shutil.rmtree(folder)
 
+    def all(self, run_id: str | None = None) -> list[Parcel]:
+        """Return every parcel, or every one of a run.
+
+        Raises:
+            FsllmError: STATE_CORRUPT.
+
+        """
+        folders = sorted(self.root.iterdir() if run_id is None else self.root.glob(f"{run_id}.*"))
+        return [parcel for folder in folders if (parcel := _read(folder)) is not None]
+
     def find(self, run_id: str, round_: int, base_digest: bytes) -> Parcel | None:
         """Return the parcel for a run's round, if it is there.
 
@@ -60,14 +70,7 @@ class Outbox:
             FsllmError: STATE_CORRUPT.
 
         """
-        folder = self.root / _name(run_id, round_, base_digest)
-        try:
-            begin = UploadBegin.FromString((folder / _BEGIN).read_bytes())
-        except FileNotFoundError:
-            return None
-        except DecodeError as error:
-            raise FsllmError("STATE_CORRUPT", f"{folder / _BEGIN} is no announcement of an upload") from error
-        return Parcel(folder, begin)
+        return _read(self.root / _name(run_id, round_, base_digest))
 
     def prepare(self, run_id: str, round_: int, base_digest: bytes) -> Path:
         """Make an empty folder for a parcel and return where its payload goes."""
@@ -115,6 +118,16 @@ class Outbox:
             number = folder.name[len(run_id) + 1 :].split(".")[0]
             if number.isdigit() and int(number) < round_:
                 self.remove(Parcel(folder, UploadBegin()))
+
+
+def _read(folder: Path) -> Parcel | None:
+    try:
+        begin = UploadBegin.FromString((folder / _BEGIN).read_bytes())
+    except FileNotFoundError:
+        return None
+    except DecodeError as error:
+        raise FsllmError("STATE_CORRUPT", f"{folder / _BEGIN} is no announcement of an upload") from error
+    return Parcel(folder, begin)
 
 
 def _name(run_id: str, round_: int, base_digest: bytes) -> str:

@@ -1,6 +1,6 @@
 """The site's own policy: what a plan may ask of this site. A plan can not override a line of it.
 
-The file is TOML (``policy.toml`` in the state folder by default; docs/sites.md lists every key). A commented template
+The file is TOML (``policy.toml`` in the state folder by default; see docs/sites-and-security.md). A commented template
 with the defaults is written on first start. The defaults let a run begin without a person's hand, because joining a
 federation and naming a model under [models] are a person's acts already; they bound what a run may cost, and refuse
 every model that the site has not named. A site whose security officer wants to see each run first sets
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple, Self
+from typing import Annotated, Final, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -28,16 +28,17 @@ from pydantic import (
 
 from fsllm_client.site.policy_template import TEMPLATE
 from fsllm_client.site.state import DIRECTORY_MODE, FILE_MODE
+from fsllm_common.algorithms import is_built_in
 from fsllm_common.embedded import embedded_model
 from fsllm_common.errors import ModelUnusable, PolicyRefused, Refused, SettingsInvalid
 from fsllm_common.files import write_atomic
 from fsllm_common.plan import Plan
-from fsllm_common.plan.schema import Clip, Noise
+from fsllm_common.plan.schema import AdapterKind, Clip, Noise
 from fsllm_common.section import Section
 
 Role = Literal["site", "evaluator"]
-AdapterKind = Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"]
-MetricName = Literal["loss", "perplexity", "exact_match", "train_loss", "delta_norm"]
+BUILT_IN: Final = "built-in"
+MetricName = Literal["loss", "perplexity", "exact_match", "reward_accuracy", "train_loss", "delta_norm"]
 
 MEASURED: Final[Mapping[str, MetricName]] = {
     "train_loss": "train_loss",
@@ -69,10 +70,16 @@ class Accept(Section):
     """Which runs this site takes part in."""
 
     automatic: bool = Field(default=True, description="false: each run waits for `fsllm-client accept RUN`.")
-    algorithms: tuple[str, ...] = Field(default=("fedavg", "fedprox", "noop"), description="plan: algorithm.name")
+    algorithms: tuple[str, ...] = Field(
+        default=(BUILT_IN,), description="plan: algorithm.name; built-in stands for every method of fsllm itself."
+    )
     adapters: tuple[AdapterKind, ...] = Field(
-        default=("lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"),
+        default=get_args(AdapterKind),
         description="plan: adapter.kind. The kinds of tensors that may leave.",
+    )
+    maximum_rank: PositiveInt | None = Field(
+        default=None,
+        description="plan: adapter.rank. Of a plan with adapter.ranks, the site takes the largest that is not above.",
     )
     maximum_rounds: PositiveInt = Field(default=1000, description="plan: rounds")
     maximum_steps: PositiveInt = Field(default=10_000, description="plan: train.steps, in one round")
@@ -84,7 +91,7 @@ class Leave(Section):
     """Which measured values may leave beside the tensors."""
 
     metrics: tuple[MetricName, ...] = Field(
-        default=("loss", "perplexity", "exact_match", "train_loss", "delta_norm"),
+        default=get_args(MetricName),
         description="Those not named are not sent. train_loss and delta_norm are never sent when the plan adds noise.",
     )
 
@@ -162,7 +169,7 @@ class Policy(Section):
             raw = tomllib.loads(text)
         except OSError as error:
             raise SettingsInvalid(f"The policy {path} can not be read: {error.strerror}") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError are; so is a number of too many digits
             raise SettingsInvalid(f"The policy {path} is not TOML: {error}") from error
         lines = _line_numbers(text)
         try:
@@ -200,8 +207,10 @@ class Policy(Section):
             raise ModelUnusable("MODEL_MISSING", f"{self._place(f'models.{name}')}: {folder} holds no config.json")
         return folder
 
-    def refusals(self, plan: Plan, role: Role) -> list[Refusal]:
+    def refusals(self, plan: Plan, part: Role) -> list[Refusal]:
         """Return every reason to refuse ``plan``; none means that the policy accepts it.
+
+        ``part`` is what the member would do in its run (``privacy.part_in``).
 
         The epsilons are not checked here: they need the accountant (``refuse_epsilon``).
         """
@@ -211,7 +220,7 @@ class Policy(Section):
             found.append(Refusal(key, f"{self._place(key)} = {self._value(key)}; the plan has {asked}"))
 
         accept, algorithm = self.accept, plan.algorithm.name
-        if algorithm not in accept.algorithms:
+        if algorithm not in accept.algorithms and not (BUILT_IN in accept.algorithms and is_built_in(algorithm)):
             refuse("accept.algorithms", f"algorithm.name = {algorithm}")
         if plan.rounds > accept.maximum_rounds:
             refuse("accept.maximum_rounds", f"rounds = {plan.rounds}")
@@ -219,8 +228,10 @@ class Policy(Section):
             return found
         if plan.adapter.kind not in accept.adapters:
             refuse("accept.adapters", f"adapter.kind = {plan.adapter.kind}")
-        if role == "evaluator":
+        if part == "evaluator":
             return found
+        if accept.maximum_rank is not None and min(plan.adapter.rank, *plan.adapter.ranks, 2**62) > accept.maximum_rank:
+            refuse("accept.maximum_rank", f"adapter.rank = {plan.adapter.rank}")
         if not self.data.train:
             refuse("data.train", f"algorithm.name = {algorithm}, which trains")
         if plan.train.steps is not None and plan.train.steps > accept.maximum_steps:
@@ -245,14 +256,21 @@ class Policy(Section):
                 refuse("privacy.maximum_clip_norm", f"clip.norm = {noise.norm:g}")
         return found
 
-    def refuse(self, plan: Plan, role: Role) -> None:
+    def rank(self, plan: Plan, part: Role) -> int:
+        """Return the rank of this member's adapter: the plan's largest that the policy allows, or the least it has."""
+        if part == "evaluator" or self.accept.maximum_rank is None:
+            return plan.adapter.rank
+        ranks = (plan.adapter.rank, *plan.adapter.ranks)
+        return max((rank for rank in ranks if rank <= self.accept.maximum_rank), default=min(ranks))
+
+    def refuse(self, plan: Plan, part: Role) -> None:
         """Refuse a plan that the policy does not allow.
 
         Raises:
             PolicyRefused: POLICY_REFUSED, with every line of the policy that the plan offends.
 
         """
-        if found := self.refusals(plan, role):
+        if found := self.refusals(plan, part):
             raise PolicyRefused("POLICY_REFUSED", "; ".join(refusal.message for refusal in found))
 
     def refuse_epsilon(self, run: float, total: float, *, planned: bool) -> None:
@@ -331,7 +349,10 @@ class Policy(Section):
     def _resolve_models(self) -> None:
         """Relative model folders are relative to the policy file."""
         for name, folder in self.models.items():
-            self.models[name] = (self._path.parent / folder.expanduser()).resolve()
+            try:
+                self.models[name] = (self._path.parent / folder.expanduser()).resolve()
+            except (RuntimeError, ValueError) as error:  # ~ of a user that is not there; a NUL
+                raise SettingsInvalid(f"The policy {self._place(f'models.{name}')}: {folder}: {error}") from error
 
 
 def ensure_policy(path: Path) -> bool:

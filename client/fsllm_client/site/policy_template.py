@@ -15,9 +15,12 @@ TEMPLATE: Final = """\
 [accept]
 # false: each run waits until someone here says `fsllm-client accept RUN`; for sites where a person must see each plan.
 # automatic = true
-# algorithms = ["fedavg", "fedprox", "noop"]
+# built-in: every method of fsllm itself (docs/algorithms.md), but none of another package.
+# algorithms = ["built-in"]
 # The kinds of adapter tensors that may leave.
-# adapters = ["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"]
+# adapters = ["lora", "dora", "rslora", "lora-xs", "vera", "oft", "ia3", "prefix", "prompt", "p-tuning"]
+# The rank of an adapter. Of a plan that leaves the choice (adapter.ranks), the site takes the largest not above it.
+# maximum_rank = 16
 # maximum_rounds = 1000
 # In one round:
 # maximum_steps = 10000
@@ -28,7 +31,7 @@ TEMPLATE: Final = """\
 [leave]
 # Measured values that may leave beside the tensors. Counts of examples and tokens always do: they weigh the update.
 # train_loss and delta_norm are never sent when the plan adds noise, because they are not noised.
-# metrics = ["loss", "perplexity", "exact_match", "train_loss", "delta_norm"]
+# metrics = ["loss", "perplexity", "exact_match", "reward_accuracy", "train_loss", "delta_norm"]
 
 [privacy]
 # The default asks for no noise: the text never leaves, but a delta without noise is not differentially private, and may

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from fsllm_client.site.ledger import Accountant, Ledger, Release, Spent
-from fsllm_client.site.policy import PlanNoise, Policy, plan_noise
+from fsllm_client.site.policy import PlanNoise, Policy, Role, plan_noise
 from fsllm_common.accounting.budget import epsilon_of
 from fsllm_common.algorithms import algorithm_class
 from fsllm_common.plan import Plan
@@ -19,9 +19,21 @@ def trains(plan: Plan) -> bool:
     return algorithm_class(plan.algorithm.name).needs_trainer
 
 
-def noise_of(plan: Plan, role: str) -> PlanNoise | None:
+def part_in(plan: Plan, role: Role) -> Role:
+    """Return what a member does in a run: an evaluator whose update the sites' are compared with trains as a site does.
+
+    So its policy, its ledger and what it explains are those of a site.
+
+    Raises:
+        PlanInvalid: The algorithm is not installed here.
+
+    """
+    return "site" if algorithm_class(plan.algorithm.name).needs_trusted else role
+
+
+def noise_of(plan: Plan, part: Role) -> PlanNoise | None:
     """Return the noise that releases of this member carry; None where nothing private is released with noise."""
-    return plan_noise(plan) if role == "site" and trains(plan) else None
+    return plan_noise(plan) if part == "site" and trains(plan) else None
 
 
 async def closed_form(multiplier: float, releases: int, delta: float) -> float:

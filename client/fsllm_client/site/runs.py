@@ -75,19 +75,32 @@ class RunBook:
             Refused: RUN_UNKNOWN: none or several fit.
 
         """
+        found = self.find(run, rather="waiting")
+        write_atomic(self._folder(found.run_id) / _ACCEPTED, b"", mode=FILE_MODE)
+        return found
+
+    def find(self, run: str, *, rather: str = "") -> SiteRun:
+        """Return the run of this id, of an id that begins so, or of this name.
+
+        Args:
+            run: What it is named by.
+            rather: The standing of the one that is meant where several fit.
+
+        Raises:
+            Refused: RUN_UNKNOWN: none or several fit.
+
+        """
         fitting = [known for known in self.all() if known.run_id.startswith(run)]
         fitting = fitting or [known for known in self.all() if known.name == run]
-        waiting = [known for known in fitting if known.standing == "waiting"]
-        if len(waiting) == 1:
-            fitting = waiting
+        meant = [known for known in fitting if known.standing == rather]
+        if len(meant) == 1:
+            fitting = meant
         if len(fitting) != 1:
             what = "No run" if not fitting else f"More than one run ({', '.join(r.run_id for r in fitting)})"
             raise Refused(
                 "RUN_UNKNOWN", f"{what} fits {run!r}", cure="`fsllm-client runs` shows the runs offered here."
             )
-        found = fitting[0]
-        write_atomic(self._folder(found.run_id) / _ACCEPTED, b"", mode=FILE_MODE)
-        return found
+        return fitting[0]
 
     def _folder(self, run_id: str) -> Path:
         """Return a run's folder. A run id is the server's word: it must not lead elsewhere."""

@@ -38,14 +38,14 @@ def adapter_shapes(plan: Plan, folder: Path) -> dict[str, tuple[int, ...]]:
 def main() -> int:
     """Print the shapes for the plan on standard input."""
     # Lazy: the function above runs in processes without torch.
-    from fsllm_client.trainer.adapters import initial_adapter
+    from fsllm_client.trainer.adapters import adapter_parameters, attach
     from fsllm_client.trainer.base_model import check_folder, shape_of_model
 
     folder = Path(sys.argv[1])
     try:
         plan = plan_from_json(sys.stdin.buffer.read())
         check_folder(folder)
-        tensors, _ = initial_adapter(plan, shape_of_model(folder))
+        tensors = adapter_parameters(attach(plan, shape_of_model(folder)))
     except FsllmError as error:
         sys.stderr.write(f"{error.message}\n")
         return _GAVE_UP

@@ -5,6 +5,7 @@ environment, ``deaths`` what it died of, ``orders`` what both say; ``roles`` tel
 what PEFT loads.
 
 In the worker: ``worker`` is the entry, ``channel`` its end of the socket, ``group`` the ranks, ``session`` the orders;
-``base_model``, ``adapters`` and ``tensor_files`` are the model; ``engine``, ``ds_config``, ``loop``, ``schedule``,
-``optimizer_state`` and ``cpu_adam`` train it; ``evaluate``, ``generate``, ``normalise`` and ``account`` measure.
+``base_model``, ``adapters`` and ``tensor_files`` are the model; ``engine``, ``ds_config``, ``loop``, ``local_step``,
+``schedule``, ``sharing``, ``kept`` and ``cpu_adam`` train it; ``own_model`` is what comes of it at this site alone;
+``evaluate``, ``generate``, ``normalise`` and ``account`` measure.
 """

@@ -1,7 +1,8 @@
 """The plan's adapter as PEFT knows it: its configuration, its trainable tensors by name, and its first version.
 
 Tensors carry the names of PEFT's own state dict, with which ``PeftModel.from_pretrained`` finds them again, except for
-P-tuning, whose encoder PEFT's export drops: there they are the raw parameters (``export.peft_tensors`` ends that).
+three kinds that ``export.as_peft`` makes whole: P-tuning, whose encoder PEFT's export drops; LoRA-XS, which has a
+matrix that PEFT does not know; and VeRA, whose projections need not travel.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
     from fsllm_common.plan import Plan
 
-PROMPT_KINDS: Final = ("prefix", "prompt", "p-tuning")
-"""Kinds that prepend virtual tokens instead of adapting modules."""
+LORA_KINDS: Final = ("lora", "dora", "rslora", "lora-xs")
+"""Kinds that are, or are built on, PEFT's LoRA layers."""
+
+WEIGHT_KINDS: Final = ("dora", "lora-xs")
+"""Kinds whose first version depends on the base model's weights."""
 
 
 def peft_config(plan: Plan, model: PreTrainedModel) -> PeftConfig:
@@ -30,12 +34,21 @@ def peft_config(plan: Plan, model: PreTrainedModel) -> PeftConfig:
         ModelUnusable: A target matches no module, or the kind does not go with this model.
 
     """
-    from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType
+    from peft import (
+        IA3Config,
+        LoraConfig,
+        OFTConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        TaskType,
+        VeraConfig,
+    )
 
     adapter = plan.adapter
     task = {"task_type": TaskType.CAUSAL_LM}
     match adapter.kind:
-        case "lora" | "dora" | "rslora":
+        case "lora" | "dora" | "rslora" | "lora-xs":
             return LoraConfig(
                 **task,
                 r=adapter.rank,
@@ -44,6 +57,23 @@ def peft_config(plan: Plan, model: PreTrainedModel) -> PeftConfig:
                 target_modules=_targets(plan, model),
                 use_dora=adapter.kind == "dora",
                 use_rslora=adapter.kind == "rslora",
+            )
+        case "vera":
+            return VeraConfig(
+                **task,
+                r=adapter.rank,
+                vera_dropout=adapter.dropout,
+                target_modules=_targets(plan, model),
+                projection_prng_key=plan.seed,
+                save_projection=True,
+            )
+        case "oft":
+            return OFTConfig(
+                **task,
+                oft_block_size=adapter.block_size,
+                module_dropout=adapter.dropout,
+                target_modules=_targets(plan, model),
+                use_cayley_neumann=True,  # PEFT's default now, and another one in the past
             )
         case "ia3":
             targets, feedforward = _ia3_targets(plan, model)
@@ -117,16 +147,50 @@ def attach(plan: Plan, model: PreTrainedModel) -> PeftModel:
     try:
         # In the model's own dtype: DeepSpeed keeps the float32 masters. PEFT would widen only LoRA's parameters.
         peft_model: PeftModel = get_peft_model(model, peft_config(plan, model), autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise ModelUnusable(
-            "MODEL_UNSUITABLE", f"PEFT can not put a {plan.adapter.kind} adapter on it: {error}"
-        ) from error
+    except (TypeError, ValueError) as error:
+        raise ModelUnusable("MODEL_UNSUITABLE", f"PEFT can not put {plan.adapter.kind} on it: {error}") from error
+    match plan.adapter.kind:
+        case "lora-xs":
+            from fsllm_client.trainer import lora_xs
+
+            lora_xs.insert(peft_model)
+        case "vera":
+            _set_projections(plan, peft_model)
+        case "oft":
+            _check_blocks(plan, peft_model)
     return peft_model
 
 
-def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Return the adapter's trainable parameters by the names under which they travel, in name order.
+def _set_projections(plan: Plan, model: PeftModel) -> None:
+    """Put VeRA's portable projections in the place of those that PEFT has drawn."""
+    import torch
 
+    from fsllm_client.trainer.vera import projections
+
+    # Of the whole model, not of a layer: all layers look into these two dictionaries.
+    a, b = model.base_model.vera_A["default"], model.base_model.vera_B["default"]
+    for mine, portable in zip((a, b), projections(plan.seed, plan.adapter.rank, a.shape[1], b.shape[0]), strict=True):
+        mine.copy_(torch.from_numpy(portable))
+
+
+def _check_blocks(plan: Plan, model: PeftModel) -> None:
+    """PEFT takes another size of block, with a warning, for a layer whose inputs the plan's does not divide."""
+    from peft.tuners.oft.layer import OFTLayer
+
+    size = plan.adapter.block_size
+    for name, layer in model.named_modules():
+        if isinstance(layer, OFTLayer) and layer.in_features % size:
+            raise ModelUnusable(
+                "MODEL_UNSUITABLE",
+                f"adapter.block_size: {size} does not divide the {layer.in_features} inputs of {name}",
+                cure="Set adapter.block_size to a divisor of the inputs of every adapted layer.",
+            )
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's parameters by the names under which they travel, in name order.
+
+    Which of them a run trains is its method's to say: LoRA-XS's A and B are in a part that never moves.
     The parameter objects themselves, which under ZeRO-3 hold no elements: use ``Engine.read_adapter`` for values.
     """
     from peft import get_peft_model_state_dict
@@ -138,6 +202,10 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
             named = {"prompt_embeddings": parameter}
         case "P_TUNING":
             named = {name.replace(".default.", "."): parameter for name, parameter in trainable.items()}
+        case "VERA":  # PEFT's own renaming looks for the projections too
+            named = {name.removesuffix(".default"): parameter for name, parameter in trainable.items()}
+        case "LORA" if any(_R in name for name in trainable):
+            named = {_lora_xs_name(name): parameter for name, parameter in trainable.items()}
         case _:
             # Given a state dict, PEFT only selects and renames its entries.
             named = get_peft_model_state_dict(model, state_dict=trainable, save_embedding_layers=False)
@@ -145,6 +213,14 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
         unnamed = len(trainable) - len(named)
         raise ModelUnusable("MODEL_UNSUITABLE", f"{unnamed} trainable parameters have no place in PEFT's state dict")
     return dict(sorted(named.items()))
+
+
+_R = ".lora_B.default.lora_R."
+
+
+def _lora_xs_name(name: str) -> str:
+    """Return the name under which a parameter travels, R's a sibling of A's and B's: ``...q_proj.lora_R.weight``."""
+    return name.replace(_R, ".lora_R.").replace(".default.lora_B.", ".").replace(".default.", ".")
 
 
 def initial_adapter(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], str]:
@@ -155,7 +231,7 @@ def initial_adapter(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, torch
 
     Args:
         plan: The run's plan.
-        model: The base model, on CPU in float32; it is changed. Only for DoRA do its weights matter.
+        model: The base model, on CPU in float32; it is changed. Its weights matter for ``WEIGHT_KINDS`` only.
 
     """
     import torch
@@ -165,6 +241,10 @@ def initial_adapter(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, torch
         peft_model = attach(plan, model)
     if plan.adapter.kind == "dora":
         _exact_magnitudes(peft_model)
+    elif plan.adapter.kind == "lora-xs":
+        from fsllm_client.trainer import lora_xs
+
+        lora_xs.decompose(peft_model, plan.seed)
     tensors = {name: parameter.detach().clone() for name, parameter in adapter_parameters(peft_model).items()}
     return tensors, config_json(plan, peft_model)
 
@@ -188,6 +268,10 @@ def config_json(plan: Plan, model: PeftModel) -> str:
     """Return the adapter's PEFT configuration as JSON: keys and sets sorted, the model's name for the site's path."""
     config: dict[str, Any] = model.active_peft_config.to_dict()
     config.update(base_model_name_or_path=plan.model.name, inference_mode=True, revision=None)
+    if plan.adapter.kind == "vera":
+        from fsllm_client.trainer.vera import INPUTS
+
+        config[INPUTS] = model.base_model.vera_A["default"].shape[1]
     return json.dumps(config, sort_keys=True, default=_plain)
 
 

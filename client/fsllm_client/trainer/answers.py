@@ -110,3 +110,31 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross entropy, in float32, of the labels that are not -100.
+
+    Args:
+        logits: (sequences, virtual tokens + tokens, vocabulary). Prompt and P-tuning put virtual tokens first.
+        labels: (sequences, tokens), not shifted: position t is predicted from t - 1.
+
+    """
+    import torch
+
+    width = labels.shape[1]
+    predicted = logits[:, logits.shape[1] - width : -1].float()
+    return torch.nn.functional.cross_entropy(
+        predicted.reshape(-1, predicted.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+
+
+def to_device(inputs: Mapping[str, object], device: torch.device) -> dict[str, object]:
+    """Return a batch's inputs with their tensors on the device."""
+    import torch
+
+    # Without waiting for the copy: work on a GPU is done in the order in which it is given.
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }

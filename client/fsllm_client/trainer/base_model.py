@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fsllm_common.errors import ModelUnusable
+from fsllm_common.errors import InputError, ModelUnusable, SettingsInvalid
+from fsllm_common.plan.schema import Quantization
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +60,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype, quantization: Quantization = "none", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load the causal language model on to the CPU (or partitioned, when ZeRO-3's configuration is announced).
+
+    Args:
+        folder: The model's.
+        dtype: Of its weights, and of all that is computed.
+        quantization: How the weights of its linear layers are held (not the head's): they are quantised as they are
+            read, never trained, and nothing that travels depends on them but through what was trained on them.
+        device: Where a quantised model is put at once, so that the whole one need not fit anywhere.
 
     Raises:
         ModelUnusable: MODEL_UNSUITABLE when transformers can not read it as a causal language model, or a weight is
             missing.
+        InputError: TRAINER_MISSING when bitsandbytes is needed and not installed.
+        SettingsInvalid: A quantised model under ZeRO-3.
 
     """
     from transformers import AutoModelForCausalLM
 
+    more = _quantized(quantization, dtype, device) if quantization != "none" else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -75,6 +90,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **more,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _unsuitable(folder, "model", error) from error
@@ -85,6 +101,41 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _quantized(
+    quantization: Literal["nf4", "int8"], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, object]:
+    """Return what transformers takes to load a quantised model."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "TRAINER_MISSING",
+            f"model.quantization: {quantization} needs bitsandbytes, which is not installed",
+            cure="Install it: pip install 'fsllm[quantize]'.",
+        )
+    if is_deepspeed_zero3_enabled():  # by the site's own JSON; a plan that says so is refused
+        raise SettingsInvalid(
+            f"deepspeed_config: ZeRO stage 3 cuts weights up, which those of model.quantization: {quantization} do not "
+            "survive",
+            cure="Use stage 1 or 2 for this plan.",
+        )
+    # It says of every product in bfloat16, again and again, that it is computed in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # QLoRA's own setting (Dettmers et al. 2023, arXiv 2305.14314): NormalFloat, its constants quantised in turn.
+    config = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if quantization == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def shape_of_model(folder: Path) -> PreTrainedModel:

@@ -14,15 +14,18 @@ else:
   of a step: training calls ``forward``.
 - The optimizer has no state before its first step (in some versions of DeepSpeed, one step's worth):
   ``write_optimizer`` and the constructor see to both.
+- A parameter without a gradient is not left alone: an optimizer with momentum or weight decay moves it none the less.
+  ``freeze`` sees to that, and to the gradient's norm.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsllm_client.trainer.answers import AnswerLogits
+from fsllm_client.trainer.preference import Reference
 from fsllm_common.errors import ModelUnusable
 
 if TYPE_CHECKING:
@@ -45,10 +48,11 @@ class Engine:
 
     Args:
         model: The model with its adapter, on CPU (or partitioned already, under ZeRO-3).
-        parameters: The adapter's trainable parameters by name (``adapters.adapter_parameters``).
+        parameters: The adapter's parameters by name (``adapters.adapter_parameters``).
         plan: The run's plan.
         config: DeepSpeed's configuration (``ds_config.deepspeed_config``).
         device: Where it trains.
+        fixed: Those of them that are never trained: written and read like the others, they cost no more than that.
 
     """
 
@@ -59,6 +63,7 @@ class Engine:
         plan: Plan,
         config: dict[str, Any],
         device: torch.device,
+        fixed: Collection[str] = (),
     ) -> None:
         import deepspeed
 
@@ -66,8 +71,17 @@ class Engine:
         self.device = device
         self.stage: int = config["zero_optimization"]["stage"]
         self.passes: int = config["gradient_accumulation_steps"]
-        self.parameters = dict(parameters)
+        self.adapter = dict(parameters)
+        """All of the adapter's parameters, by name."""
+        self.parameters = {name: parameter for name, parameter in parameters.items() if name not in fixed}
+        """Those that are trained."""
+        self._fixed: dict[str, torch.Tensor] = {}
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._frozen_moments: dict[str, torch.Tensor] = {}
+        for name in fixed:
+            parameters[name].requires_grad_(False)
         self.answers = AnswerLogits(model)
+        self.reference = Reference(model, self.answers)
         self._clips_itself = config["gradient_clipping"] == 0 and plan.train.max_grad_norm > 0
         if plan.train.gradient_checkpointing:
             try:
@@ -106,26 +120,56 @@ class Engine:
     # The adapter.
 
     def write_adapter(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make ``tensors`` (whole, the same on every rank) the adapter, for the forward pass and for the optimizer."""
+        """Make ``tensors`` (whole, the same on every rank) the adapter, for the forward pass and for the optimizer.
+
+        Those that are not given stay.
+        """
         import deepspeed
         import torch
 
-        parameters = list(self.parameters.values())
+        written = {name: parameter for name, parameter in self.adapter.items() if name in tensors}
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                self._set_local(parameter, tensors[name].to(self.device, torch.float32))
-            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-                for name, parameter in self.parameters.items():
+            for name, parameter in written.items():
+                if name in self.parameters:
+                    self._set_local(parameter, tensors[name].to(self.device, torch.float32))
+                else:
+                    self._fixed[name] = tensors[name]
+            with deepspeed.zero.GatheredParameters(list(written.values()), modifier_rank=0):
+                for name, parameter in written.items():
                     parameter.data.copy_(tensors[name].reshape(parameter.shape))
 
     def read_adapter(self) -> dict[str, torch.Tensor]:
         """Return the adapter's float32 masters, whole, on CPU. Call it on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {
+        masters = {
             name: safe_get_full_fp32_param(parameter).detach().float().cpu().clone()
             for name, parameter in self.parameters.items()
         }
+        return {name: masters[name] if name in masters else self._fixed[name] for name in self.adapter}
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Leave these tensors, and their optimizer state, exactly as they are until told otherwise.
+
+        Those frozen before are let go. Call it on every rank, after the adapter and the optimizer were written.
+        """
+        import torch
+
+        self._set_moments(self._frozen_moments)
+        adapter = self.read_adapter() if names else {}
+        self._frozen = {name: adapter[name] for name in self.parameters if name in names}
+        self._frozen_moments = {}
+        if self._frozen and self._has_state:
+            # Without moments and a gradient the optimizer moves nothing (but for weight decay: see ``step``).
+            keeps = self.plan.train.optimizer_state == "keep"
+            self._frozen_moments = self._moments(self._frozen) if keeps else {}
+            self._set_moments(
+                {f"{m}/{n}": torch.zeros_like(tensor) for m in _MOMENTS for n, tensor in self._frozen.items()}
+            )
+
+    @property
+    def _has_state(self) -> bool:
+        return self.plan.train.optimizer == "adamw" and any(self._optimizer.optimizer.state.values())
 
     def _set_local(self, parameter: torch.nn.Parameter, value: torch.Tensor, state: str | None = None) -> None:
         """Set this rank's part of a parameter's float32 master, or of an optimizer state of it."""
@@ -165,7 +209,11 @@ class Engine:
     # The optimizer.
 
     def reset_optimizer(self) -> None:
-        """Make the optimizer as if new."""
+        """Make the optimizer as if new, and freeze nothing."""
+        self._frozen, self._frozen_moments = {}, {}
+        self._zero_optimizer()
+
+    def _zero_optimizer(self) -> None:
         import torch
 
         for state in self._optimizer.optimizer.state.values():
@@ -178,17 +226,32 @@ class Engine:
     def read_optimizer(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's state, whole, on CPU: each ``moment/name``, and ``step``. Call it on every rank."""
         import torch
-        from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.plan.train.optimizer == "sgd":
             return {}
-        states = {
-            f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).detach().float().cpu().clone()
-            for moment in _MOMENTS
-            for name, parameter in self.parameters.items()
-        }
         steps = [state["step"] for state in self._optimizer.optimizer.state.values() if "step" in state]
-        return {**states, "step": torch.tensor([int(steps[0])])}
+        return {**self._moments(self.parameters), **self._frozen_moments, "step": torch.tensor([int(steps[0])])}
+
+    def _moments(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return {
+            f"{moment}/{name}": safe_get_full_optimizer_state(self.parameters[name], moment)
+            .detach()
+            .float()
+            .cpu()
+            .clone()
+            for moment in _MOMENTS
+            for name in names
+        }
+
+    def _set_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for key, value in moments.items():
+                moment, _, name = key.partition("/")
+                self._set_local(self.parameters[name], value.to(self.device), moment)
 
     def write_optimizer(self, states: Mapping[str, torch.Tensor]) -> None:
         """Set the optimizer's state to what ``read_optimizer`` returned, perhaps with other ranks and another stage."""
@@ -198,10 +261,7 @@ class Engine:
             return
         self.reset_optimizer()
         self._step_on_the_spot()
-        with torch.no_grad():
-            for moment in _MOMENTS:
-                for name, parameter in self.parameters.items():
-                    self._set_local(parameter, states[f"{moment}/{name}"].to(self.device), moment)
+        self._set_moments({key: value for key, value in states.items() if key != "step"})
         step = int(states["step"].item())
         for state in self._optimizer.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
@@ -217,10 +277,12 @@ class Engine:
         """
         import torch
 
-        rate = self._optimizer.param_groups[0]["lr"]
+        rate, was_training = self._optimizer.param_groups[0]["lr"], self.model.training
         self.set_learning_rate(0.0)
+        self.model.eval()  # without dropout no random number is drawn
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         self.step([lambda: self.forward(input_ids=ids, use_cache=False).logits.sum() * 0.0] * self.passes)
+        self.model.train(was_training)
         self.set_learning_rate(rate)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -249,27 +311,67 @@ class Engine:
             that the engine is left at a step's end), and the adapter and the optimizer hold nothing of use.
 
         """
-        for loss in losses:
-            # DeepSpeed averages over passes and ranks.
-            self._engine.backward(loss() * (self.passes * self._world))
-            if not self._engine.is_gradient_accumulation_boundary():
-                self._engine.step()
-        norm = self._change_gradients(after_backward) if after_backward or self._clips_itself else None
+        self._backward(losses)
+        ours = after_backward or self._clips_itself or self._frozen
+        norm = self._change_gradients(after_backward) if ours else None
         self._engine.step()
         if norm is None:
             found = self._engine.get_global_grad_norm()
             # DeepSpeed's sign for a gradient that is not finite is -1 or None.
             norm = float(found) if found is not None and found >= 0 else float("nan")
+        if self._frozen and self.plan.train.weight_decay > 0:
+            self.write_adapter(self._frozen)
         if after_step is not None:
-            self.write_adapter({name: after_step(name, value) for name, value in self.read_adapter().items()})
+            adapter = self.read_adapter()
+            self.write_adapter({name: after_step(name, adapter[name]) for name in self.moved})
         return norm
+
+    def gradients(self, losses: Sequence[Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the gradients of the sum of the losses over all passes and ranks, and take no step.
+
+        Args:
+            losses: As for ``step``.
+
+        Returns:
+            Whole, in float32, on CPU, of what is not frozen.
+
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.plan.train.optimizer == "adamw" and not self._has_state:
+            # After its first step DeepSpeed looks for the state, and never again.
+            self._step_on_the_spot()
+            self._zero_optimizer()
+        self._backward(losses)
+        found = {name: safe_get_full_grad(self.parameters[name]).detach().float().cpu().clone() for name in self.moved}
+        optimizer = self._optimizer.optimizer
+        # DeepSpeed goes through a step's end, which lets go of the gradients, with an optimizer that does nothing.
+        optimizer.step = lambda *_, **__: None
+        try:
+            self._engine.step()
+        finally:
+            del optimizer.step
+        return found
+
+    @property
+    def moved(self) -> list[str]:
+        """The names of what is neither fixed nor frozen."""
+        return [name for name in self.parameters if name not in self._frozen]
+
+    def _backward(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        for loss in losses:
+            # DeepSpeed averages over passes and ranks.
+            self._engine.backward(loss() * (self.passes * self._world))
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
 
     def _change_gradients(self, change: GradientChange | None) -> float:
         import torch
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
         gradients = {}
-        for name, parameter in self.parameters.items():
+        for name in self.moved:
+            parameter = self.parameters[name]
             gradient = safe_get_full_grad(parameter).detach().float()
             gradients[name] = (
                 gradient if change is None else change(name, gradient, safe_get_full_fp32_param(parameter))
@@ -277,8 +379,10 @@ class Engine:
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])))
         limit = self.plan.train.max_grad_norm
         scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-        for name, parameter in self.parameters.items():
-            self._set_gradient(parameter, gradients[name] * scale)
+        for name, gradient in gradients.items():
+            self._set_gradient(self.parameters[name], gradient * scale)
+        for name, value in self._frozen.items():
+            self._set_gradient(self.parameters[name], torch.zeros_like(value, device=self.device))
         return norm
 
     def _set_gradient(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -44,10 +44,15 @@ class Build(Message):
     kind: Literal["build"] = "build"
     adapter: Path
     """Where to write: safetensors, with the adapter's PEFT configuration in the metadata key ``adapter_config``."""
+    rank: int | None = None
+    """Of the adapter, where it is not this site's own: version 0 is of the plan's, the largest."""
 
 
 class Train(Message):
-    """Load ``base``, train one round, write ``delta`` = local - base in float32."""
+    """Load ``base``, train one round, write ``delta`` = local - base in float32 of what the round sends.
+
+    ``base`` holds all tensors of the version: the adapter's, and others that the method adds to it.
+    """
 
     kind: Literal["train"] = "train"
     round: int
@@ -55,7 +60,8 @@ class Train(Message):
     base: Path
     delta: Path
     resume: Path | None = None
-    """The site's private state folder of this run (optimizer, rule state); made when absent."""
+    """The site's private folder of this run (``kept``: optimizer, method, personal adapter); made when absent. A
+    personalised method's own adapter is left there, too (``own_adapter``)."""
 
 
 class Evaluate(Message):
@@ -63,6 +69,11 @@ class Evaluate(Message):
 
     kind: Literal["evaluate"] = "evaluate"
     adapter: Path
+    """All tensors of the version, as for ``Train``."""
+    version: int = 0
+    """Its number; what the site keeps goes with it as with the round after it."""
+    resume: Path | None = None
+    """The site's private folder: a personalised method's own adapter is measured, and left there (``own_adapter``)."""
 
 
 class Account(Message):
@@ -119,8 +130,9 @@ class Finished(Message):
     ranks, and notes for the log. ``build``: counts parameters. ``train``: counts examples (the site's training rows,
     FedAvg's n_k),
     tokens (answer tokens trained on), steps; metrics train_loss, tokens_per_second, seconds, learning_rate,
-    gpu_memory_bytes (0 without a GPU). ``evaluate``: metrics loss, perplexity, exact_match as the plan wants (none of
-    those without rows to measure on), seconds; counts examples and tokens behind the loss, answers behind exact_match.
+    gpu_memory_bytes (0 without a GPU). ``evaluate``: metrics loss, perplexity, exact_match, reward_accuracy as the plan
+    wants (none of those without rows to measure on), seconds; counts examples and tokens (preferences: pairs) behind
+    the loss, answers behind exact_match.
     ``account``: metrics epsilon.
     """
 
@@ -128,6 +140,8 @@ class Finished(Message):
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}
     notes: tuple[str, ...] = ()
+    model_digest: str = ""
+    """``train``, of a method whose sites rebuild the model: hexadecimal, ``LocalRule.model_digest``."""
 
 
 class GaveUp(Message):

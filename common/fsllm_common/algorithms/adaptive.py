@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import pydantic
 from pydantic import Field
 
+from fsllm_common.algorithms.algorithm import Block
 from fsllm_common.algorithms.fedavg import FedAvg
-from fsllm_common.algorithms.interface import Block, Parameters
+from fsllm_common.algorithms.local_rule import Parameters
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fsllm_common.algorithms.adaptive import Adaptive, AdaptiveParameters
-from fsllm_common.algorithms.interface import Block
+from fsllm_common.algorithms.algorithm import Block
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from fsllm_common.algorithms.interface import Algorithm, Block, Update
+from fsllm_common.algorithms.algorithm import Algorithm, Block, Update
 
 if TYPE_CHECKING:
     import numpy as np

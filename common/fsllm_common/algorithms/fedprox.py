@@ -6,17 +6,19 @@ works under every ZeRO stage (under ZeRO-3 a loss can not even see the parameter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveFloat
 
+from fsllm_common.algorithms.algorithm import Refusal
 from fsllm_common.algorithms.fedavg import FedAvg
-from fsllm_common.algorithms.interface import LocalRule, Parameters
+from fsllm_common.algorithms.local_rule import LocalRule, Parameters
 
 if TYPE_CHECKING:
     import torch
 
+    from fsllm_common.algorithms.local_rule import Tensors
     from fsllm_common.plan import Plan
 
 
@@ -33,9 +35,9 @@ class Proximal(LocalRule):
 
     def __init__(self, plan: Plan, parameters: Parameters) -> None:
         super().__init__(plan, parameters)
-        self._base: Mapping[str, torch.Tensor] = {}
+        self._base: Tensors = {}
 
-    def receive(self, base: Mapping[str, torch.Tensor]) -> None:
+    def receive(self, base: Tensors, extra: Tensors) -> None:
         """Keep the base version."""
         self._base = base
 
@@ -45,9 +47,25 @@ class Proximal(LocalRule):
         return gradient + self.parameters.mu * (value - base)
 
 
+def overshoots(pull: Callable[[Any], float]) -> Refusal:
+    """Refuse a pull towards x, of a method's parameters, that plain steps overshoot by ever more.
+
+    The term alone takes y - x to (1 - eta mu) (y - x): in absolute value that falls only where eta mu < 2.
+    """
+    return Refusal(
+        "train.learning_rate, algorithm.parameters",
+        lambda method: (
+            method.plan.train.optimizer == "sgd" and method.plan.train.learning_rate * pull(method.parameters) >= 2
+        ),
+        "a step of sgd takes back learning rate x mu (ditto: pull) of the way from the version, which at 2 and more "
+        "leads further away each time: lower one of them",
+    )
+
+
 class FedProx(FedAvg):
     """FedAvg with the proximal local rule."""
 
     name: ClassVar[str] = "fedprox"
     parameters_type = ProximalParameters
     local_rule = Proximal
+    refuses: ClassVar[tuple[Refusal, ...]] = (overshoots(lambda parameters: parameters.mu),)

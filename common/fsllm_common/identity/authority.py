@@ -26,7 +26,8 @@ MEMBER_LIFETIME: Final = timedelta(hours=24)
 CLOCK_TOLERANCE: Final = timedelta(minutes=5)
 """Certificates are valid from so long ago, for peers whose clock is behind."""
 
-_FILE: Final = "authority.pem"
+AUTHORITY_FILE: Final = "authority.pem"
+"""In the authority's folder: its key and its certificate."""
 
 
 class CertificateAuthority:
@@ -46,7 +47,7 @@ class CertificateAuthority:
             FsllmError: DISK_FULL.
 
         """
-        path = folder / _FILE
+        path = folder / AUTHORITY_FILE
         if path.exists():
             raise FileExistsError(path)
         key = ec.generate_private_key(ec.SECP256R1())
@@ -86,7 +87,7 @@ class CertificateAuthority:
             FsllmError: STATE_CORRUPT: the file is damaged, or key and certificate do not belong together.
 
         """
-        path = folder / _FILE
+        path = folder / AUTHORITY_FILE
         data = path.read_bytes()
         try:
             key = serialization.load_pem_private_key(data, None)

@@ -36,6 +36,9 @@ SERVER_OPTIONS: Final[Options] = (
     # Must be less than the clients' keepalive_time, or they are cut off with 'too many pings'.
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    # What a connection keeps for its next read. Else it is as much as it once read at a time: a MiB, for each that has
+    # ever sent an update. Known to gRPC since 1.84.
+    ("grpc.experimental.tcp_max_read_buffer_size", 65_536),
     # Two servers must not share a port in silence.
     ("grpc.so_reuseport", 0),
     # A connection without a call is of no use: daemons keep Attach open, and whoever calls again connects again.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fsllm_common.accounting.budget import epsilon_of
-from fsllm_common.plan.combinations import PROMPT_KINDS, noises, trains
+from fsllm_common.plan.combinations import PROMPT_KINDS, method_of, noises, trains
 from fsllm_common.plan.schema import Noise, Plan
 
 
@@ -16,7 +16,7 @@ class NoiseRatio:
     updates: int
     """K, the updates in the mean."""
     parameters: int
-    """P, the adapter's elements."""
+    """P, the numbers that an update has."""
     ratio: float
     """Expected norm of the mean's noise / clip norm: z sqrt(P / K). Above 1 the noise is larger than any signal."""
 
@@ -35,14 +35,14 @@ def noise_ratio(plan: Plan, parameters: int, updates: int | None = None) -> Nois
 
     Args:
         plan: The plan.
-        parameters: P, the adapter's elements.
-        updates: K; from the plan (size, number of sites, or quorum) when omitted.
+        parameters: P, the numbers that an update has.
+        updates: K; from the plan (buffer, size, number of sites, or quorum) when omitted.
 
     """
     noise = next(iter(noises(plan)), None)
     if noise is None:
         return None
-    count = updates or plan.cohort.size or len(plan.cohort.sites or ()) or plan.cohort.quorum
+    count = updates or plan.cohort.updates or plan.cohort.quorum
     return NoiseRatio(count, parameters, noise.multiplier * math.sqrt(parameters / count))
 
 
@@ -56,7 +56,7 @@ def warnings(plan: Plan, parameters: int | None = None) -> list[str]:
 
     Args:
         plan: A valid plan.
-        parameters: The adapter's elements where they are known; a noop run's are.
+        parameters: The numbers that an update has, where they are known; a noop run's are.
 
     """
     if parameters is None and not trains(plan):
@@ -76,7 +76,7 @@ def _about_privacy(plan: Plan, parameters: int | None) -> Iterator[str]:
     )
     yield _about_signal(plan, noise, parameters)
     if plan.wire.max_update_norm is not None:
-        yield "wire.max_update_norm is compared with the noised delta, of norm multiplier x clip x sqrt(parameters)."
+        yield "wire.max_update_norm is compared with the noised delta, of norm multiplier x clip x sqrt(numbers)."
 
 
 def _about_signal(plan: Plan, noise: Noise, parameters: int | None) -> str:
@@ -86,19 +86,23 @@ def _about_signal(plan: Plan, noise: Noise, parameters: int | None) -> str:
     even = f"{one.updates / noise.multiplier**2:.3g}"
     if parameters is None:
         return (
-            f"The noise drowns the signal if the adapter has more than {even} parameters: with {one.updates} updates a "
+            f"The noise drowns the signal if an update has more than {even} numbers: with {one.updates} updates a "
             f"round, the norm of the mean's noise is {one.ratio:.3g} x sqrt(parameters) times the clip norm, and the "
             "signal's is at most 1."
         )
-    found = f"over {parameters} parameters and {one.updates} updates a round, the norm of the mean's noise is "
-    found += f"{one.ratio:.3g} times the clip norm, and the signal's is at most 1"
+    found = f"over the {parameters} numbers of an update and {one.updates} updates a round, the norm of the mean's "
+    found += f"noise is {one.ratio:.3g} times the clip norm, and the signal's is at most 1"
     if not one.drowns:
         return f"The noise leaves a signal to see: {found}."
     enough = math.ceil(noise.multiplier**2 * parameters)
-    return f"The noise drowns the signal: {found}. They would be even with {enough} updates or {even} parameters."
+    return f"The noise drowns the signal: {found}. They would be even with {enough} updates or {even} numbers."
 
 
 def _about_the_rest(plan: Plan) -> Iterator[str]:
+    if (method := method_of(plan)) is not None:
+        yield from (f"{warning.keys}: {warning.why}." for warning in method.warns if warning.when(method))
+        if method.personalised:
+            yield f"algorithm.name {plan.algorithm.name}: each site measures a model of its own; evaluators have none."
     if plan.wire.element_type == "fp16":
         yield "wire.element_type fp16: values above 65504 are refused, those below 3e-8 lost; bf16 has no such limit."
     if plan.algorithm.weighting != "capped" and plan.algorithm.weight_cap != 1000:

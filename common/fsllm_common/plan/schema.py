@@ -5,14 +5,25 @@ has a default. What a site must decide alone (where models lie, which noise is t
 policy and settings, not here.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fsllm_common.section import Section
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+Quantization = Literal["none", "nf4", "int8"]
+
+AdapterKind = Literal["lora", "dora", "rslora", "lora-xs", "vera", "oft", "ia3", "prefix", "prompt", "p-tuning"]
+
+UNFIT_KINDS: Final = {
+    "adalora": "each site would prune ranks of its own, so that a mean mixes ranks that some have given up: say lora, "
+    "with a rank that the wire can bear"
+}
+"""Kinds of adapter that PEFT knows and a federation can not use, each with its reason."""
 
 
 class Model(Section):
@@ -29,20 +40,48 @@ class Model(Section):
         description="BLAKE3 of the model's weights as `fsllm-client model digest FOLDER` prints it; a site whose "
         "folder differs declines. Unset: not checked.",
     )
+    quantization: Quantization = Field(
+        default="none",
+        description="How sites hold the base model's linear layers while they train (QLoRA), by bitsandbytes. It "
+        "saves memory; what travels is the same.",
+    )
 
 
 class Adapter(Section):
     """The trainable part that travels: a PEFT adapter."""
 
-    kind: Literal["lora", "dora", "rslora", "ia3", "prefix", "prompt", "p-tuning"] = "lora"
-    rank: PositiveInt = Field(default=8, description="Rank of lora, dora, rslora.")
+    kind: AdapterKind = Field(
+        default="lora",
+        description="lora, dora (with magnitudes), rslora (scale alpha / sqrt(rank)), lora-xs (rank x rank between "
+        "fixed factors of each weight), vera (scales of shared random projections), oft (rotations), ia3 (scales), "
+        "prefix, prompt, p-tuning (virtual tokens).",
+    )
+    rank: PositiveInt = Field(
+        default=8, description="Rank of lora, dora, rslora, lora-xs (16 to 64 are usual), vera (64 to 1024)."
+    )
+    ranks: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="Smaller ranks that sites may have instead, by their policy's max_rank: for methods that can "
+        "aggregate different ones.",
+    )
     alpha: PositiveFloat = Field(default=16, description="LoRA's alpha; the scale is alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear", description="Module names to adapt, e.g. [q_proj, v_proj]."
     )
+    block_size: PositiveInt = Field(
+        default=32, description="Width of oft's rotations; must divide the inputs of every adapted layer."
+    )
     virtual_tokens: PositiveInt = Field(default=16, description="Length of prefix, prompt and p-tuning.")
     encoder_hidden_size: PositiveInt = Field(default=128, description="Width of p-tuning's encoder.")
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _refuse_unfit(cls, kind: object) -> object:
+        """Say why, where 'unknown' would send its author looking for the right spelling."""
+        if isinstance(kind, str) and kind in UNFIT_KINDS:
+            raise ValueError(UNFIT_KINDS[kind])
+        return kind
 
 
 class Synthetic(Section):
@@ -57,9 +96,9 @@ class Algorithm(Section):
 
     name: str = Field(
         default="fedavg",
-        description="fedavg, fedavgm, fedadam, fedyogi, fedadagrad, fedprox, noop, or one of another package.",
+        description="One of fsllm's methods, which docs/algorithms.md lists, or of another package.",
     )
-    parameters: dict[str, bool | int | float | str] = Field(
+    parameters: dict[str, bool | int | float | str | None] = Field(
         default_factory=dict, description="The method's own; docs/algorithms.md lists them."
     )
     weighting: Literal["examples", "tokens", "uniform", "capped"] = Field(
@@ -77,9 +116,29 @@ class Algorithm(Section):
         """Read plans that were recorded when FedProx's parameter had a key of its own."""
         if isinstance(given, dict) and "proximal_mu" in given:
             given = dict(given)
-            if mu := given.pop("proximal_mu"):
-                given["parameters"] = {"mu": mu, **given.get("parameters", {})}
+            own = given.get("parameters", {})
+            if (mu := given.pop("proximal_mu")) and isinstance(own, dict):  # what is no section is refused as such
+                given["parameters"] = {"mu": mu, **own}
         return given
+
+
+class Buffer(Section):
+    """Asynchronous rounds: no site waits for another."""
+
+    size: PositiveInt = Field(
+        description="A version is made of every so many updates, as they come (FedBuff); 1: of each, as in FedAsync."
+    )
+    max_staleness: int = Field(
+        default=20, ge=0, description="An update that started from a version older by more than this is not wanted."
+    )
+    weight: Literal["polynomial", "hinge", "constant"] = Field(
+        default="polynomial",
+        description="What staleness t multiplies an update's share by: (1 + t)^-exponent; or 1 up to t = threshold, "
+        "1 / (slope (t - threshold) + 1) beyond it; or 1.",
+    )
+    exponent: PositiveFloat = 0.5
+    slope: PositiveFloat = 10.0
+    threshold: int = Field(default=4, ge=0)
 
 
 class Cohort(Section):
@@ -93,6 +152,14 @@ class Cohort(Section):
     over_selection: float = Field(
         default=1.0, ge=1, le=4, description="Ask size x this many sites; the first `size` updates make the round."
     )
+    buffer: Buffer | None = Field(
+        default=None, description="Asynchronous rounds; unset: each round waits for its cohort, up to its deadline."
+    )
+
+    @property
+    def updates(self) -> int | None:
+        """How many updates make a round; unset: as many sites as are there, at least the quorum."""
+        return self.buffer.size if self.buffer is not None else self.size or (len(self.sites) if self.sites else None)
 
 
 class Timing(Section):
@@ -102,7 +169,9 @@ class Timing(Section):
         default=None, description="How long to wait for a quorum of sites; unset: for ever."
     )
     gather_seconds: Seconds = Field(
-        default=2.0, description="How long to wait for more sites once a quorum is ready, before the first round."
+        default=2.0,
+        description="How long to wait for more sites once a quorum is ready, before the first round; and, before a "
+        "cohort is drawn or a version is measured, for those who have just gone.",
     )
     collect_seconds: Seconds | None = Field(
         default=None, description="A round's deadline for updates, when a quorum is enough; unset: none."
@@ -149,13 +218,18 @@ class DeepSpeed(Section):
     offload_parameters: bool = Field(default=False, description="Keep the parameters on the host; stage 3 only.")
 
 
+FieldName = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "chosen", "rejected"]
+
+
 class Data(Section):
     """How a site's rows become training sequences."""
 
-    format: Literal["auto", "instruction", "completion", "chat", "text"] = "auto"
-    fields: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"], str] = Field(
-        default_factory=dict, description="Our name: the name in the site's files."
+    format: Literal["auto", "instruction", "completion", "chat", "text", "preference"] = Field(
+        default="auto",
+        description="How a row says what to learn; auto: found out at each site, from the first row of each file. "
+        "preference: a prompt, a chosen and a rejected answer; for dpo, and never found out.",
     )
+    fields: dict[FieldName, str] = Field(default_factory=dict, description="Our name: the name in the site's files.")
     template: str = Field(
         default="alpaca", description="'tokenizer' for the tokenizer's chat template, or alpaca, plain, chatml, brief."
     )
@@ -197,7 +271,11 @@ class Evaluate(Section):
 
     every: int = Field(default=1, ge=0, description="Rounds between evaluations; 0: never. The last round always is.")
     base: bool = Field(default=True, description="Measure version 0 too: the base model.")
-    metrics: tuple[Literal["loss", "perplexity", "exact_match"], ...] = ("loss", "perplexity")
+    metrics: tuple[Literal["loss", "perplexity", "exact_match", "reward_accuracy"], ...] = Field(
+        default=("loss", "perplexity"),
+        description="reward_accuracy, of preference pairs: the share whose chosen answer has gained more on the base "
+        "model's probability than the rejected one.",
+    )
     limit: PositiveInt = Field(default=200, description="At most so many examples a member.")
     max_new_tokens: PositiveInt = Field(default=32, description="For exact_match, greedy.")
     normalizer: Literal["strip", "lower", "gsm8k", "number"] = Field(
@@ -222,3 +300,9 @@ class Plan(Section):
     pipeline: tuple[Stage, ...] = ()
     wire: Wire = Wire()
     evaluate: Evaluate = Evaluate()
+
+    def with_rank(self, rank: int | None) -> Self:
+        """Return the same plan for an adapter of this rank; None: of its own."""
+        if rank is None or rank == self.adapter.rank:
+            return self
+        return self.model_copy(update={"adapter": self.adapter.model_copy(update={"rank": rank, "ranks": ()})})

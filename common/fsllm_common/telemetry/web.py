@@ -30,6 +30,10 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a peer that sends no request in time or goes away: it is no error of this side."""
 
 
 class WebServer:

@@ -165,10 +165,16 @@ def map_payload(manifest: Manifest, payload: Path) -> Iterator[npt.NDArray[np.ui
     yield np.memmap(payload, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
 
 
-def from_safetensors(source: Path, element_type: ElementType.ValueType, payload: Path) -> Manifest:
+def from_safetensors(
+    source: Path,
+    element_type: ElementType.ValueType,
+    payload: Path,
+    extra: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Array]] = lambda shapes: {},
+) -> Manifest:
     """Write a safetensors file's tensors as a payload, one tensor in memory at a time, and return the manifest.
 
-    Roles come from the names; the metadata key ``adapter_config`` goes into the manifest.
+    Roles come from the names; the metadata key ``adapter_config`` goes into the manifest. ``extra`` gives tensors to
+    add, from the shapes of the file's.
 
     Raises:
         FsllmError: STATE_CORRUPT: not a safetensors file, or a tensor that is not floating point. NOT_FINITE, naming
@@ -184,35 +190,18 @@ def from_safetensors(source: Path, element_type: ElementType.ValueType, payload:
         for name, piece in slices.items():
             if piece.get_dtype() not in ("F32", "F16", "BF16"):
                 raise FsllmError("STATE_CORRUPT", f"Tensor {name!r} of {source} is {piece.get_dtype()}, not F32")
+        shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+        added = extra(shapes)
         return _write(
-            {name: tuple(piece.get_shape()) for name, piece in slices.items()},
-            lambda name: np.asarray(file.get_tensor(name)).astype(np.float32, copy=False),
+            shapes | {name: array.shape for name, array in added.items()},
+            lambda name: (
+                added[name] if name in added else np.asarray(file.get_tensor(name)).astype(np.float32, copy=False)
+            ),
             element_type,
             payload,
             {},
             (file.metadata() or {}).get(ADAPTER_CONFIG, ""),
         )
-
-
-def to_safetensors(
-    manifest: Manifest,
-    payload: Path,
-    target: Path,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    durable: bool = True,
-) -> None:
-    """Write a payload as a safetensors file of float32 tensors, whole or not at all.
-
-    The manifest's adapter_config, when set, becomes the metadata key ``adapter_config``; ``metadata`` is added.
-    ``durable``: as for ``files.replacing``.
-
-    Raises:
-        FsllmError: STATE_CORRUPT: the payload's length is not the manifest's. DISK_FULL.
-
-    """
-    notes = {ADAPTER_CONFIG: manifest.adapter_config} if manifest.adapter_config else {}
-    save_arrays(decode(manifest, payload), target, metadata={**notes, **(metadata or {})}, durable=durable)
 
 
 def save_arrays(
@@ -311,6 +300,5 @@ __all__ = [
     "norm",
     "save_arrays",
     "square_sum",
-    "to_safetensors",
     "widen",
 ]

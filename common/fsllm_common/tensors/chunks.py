@@ -11,7 +11,7 @@ the functions here.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
@@ -55,7 +55,18 @@ def frame_chunk(offset: int, data: bytes | memoryview) -> bytes:
     return b"".join((bytes((_CHUNK_FIELD,)), _varint(len(inner) + len(data)), inner, data))
 
 
-def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
+def refuse_offset(offset: int, size: int) -> None:
+    """Refuse to begin outside a payload of so many bytes.
+
+    Raises:
+        FsllmError: OFFSET_OUT_OF_RANGE.
+
+    """
+    if not 0 <= offset <= size:
+        raise FsllmError("OFFSET_OUT_OF_RANGE", f"Offset {offset} lies outside the payload of {size} bytes")
+
+
+def read_chunks(payload: Path, offset: int = 0) -> Generator[bytes]:
     """Yield the framed chunks of a payload file from ``offset`` to its end.
 
     Raises:
@@ -65,8 +76,7 @@ def read_chunks(payload: Path, offset: int = 0) -> Iterator[bytes]:
     descriptor = os.open(payload, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
-        if not 0 <= offset <= size:
-            raise FsllmError("OFFSET_OUT_OF_RANGE", f"Offset {offset} lies outside the payload of {size} bytes")
+        refuse_offset(offset, size)
         while offset < size:
             # Nothing but the frame is kept while the receiver takes its time: there may be many of them.
             yield _frame_at(payload, descriptor, offset, min(CHUNK, size - offset))

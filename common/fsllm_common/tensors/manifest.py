@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,13 +17,21 @@ from fsllm.v1.tensors_pb2 import (
     ELEMENT_TYPE_BFLOAT16,
     ELEMENT_TYPE_FLOAT16,
     ELEMENT_TYPE_FLOAT32,
+    TENSOR_ROLE_BASE_DELTA,
+    TENSOR_ROLE_BASIS,
+    TENSOR_ROLE_CONTROL,
+    TENSOR_ROLE_CORANGE,
     TENSOR_ROLE_HEAD,
     TENSOR_ROLE_LORA_A,
     TENSOR_ROLE_LORA_B,
+    TENSOR_ROLE_LORA_R,
     TENSOR_ROLE_MAGNITUDE,
     TENSOR_ROLE_OTHER,
     TENSOR_ROLE_PROMPT,
+    TENSOR_ROLE_RANGE,
+    TENSOR_ROLE_SCALAR,
     TENSOR_ROLE_SCALE,
+    TENSOR_ROLE_TEST_MATRIX,
     ElementType,
     Manifest,
     TensorRole,
@@ -62,19 +70,28 @@ _ALL_ROLES: Final = frozenset(TensorRole.values())
 
 _NAME: Final = re.compile(r"[\x20-\x7e]{1,512}")
 
-# PEFT's state-dict names; the first that fits decides. lora_magnitude_vector is DoRA's, ia3_l IA3's.
+# What methods add (Algorithm.extra), then PEFT's state-dict names; the first that fits decides.
+# lora_magnitude_vector is DoRA's, ia3_l IA3's.
 _ROLES: Final = (
+    (re.compile(r"^control/"), TENSOR_ROLE_CONTROL),
+    (re.compile(r"^scalars/"), TENSOR_ROLE_SCALAR),
+    (re.compile(r"^base_delta/"), TENSOR_ROLE_BASE_DELTA),
+    (re.compile(r"^sketch/.*\.lora_O$"), TENSOR_ROLE_TEST_MATRIX),
+    (re.compile(r"^sketch/.*\.lora_Y$"), TENSOR_ROLE_RANGE),
+    (re.compile(r"^sketch/.*\.lora_Z$"), TENSOR_ROLE_CORANGE),
+    (re.compile(r"^sketch/.*\.lora_Q$"), TENSOR_ROLE_BASIS),
     (re.compile(r"\blora_(embedding_)?A\b"), TENSOR_ROLE_LORA_A),
     (re.compile(r"\blora_(embedding_)?B\b"), TENSOR_ROLE_LORA_B),
+    (re.compile(r"\blora_R\b"), TENSOR_ROLE_LORA_R),
     (re.compile(r"\blora_magnitude_vector\b"), TENSOR_ROLE_MAGNITUDE),
-    (re.compile(r"\bia3_l\b"), TENSOR_ROLE_SCALE),
+    (re.compile(r"\b(ia3_l|vera_lambda_[bd])\b"), TENSOR_ROLE_SCALE),
     (re.compile(r"\b(prompt_embeddings|prompt_encoder|prefix_encoder)\b"), TENSOR_ROLE_PROMPT),
     (re.compile(r"\b(modules_to_save|lm_head|classifier|score)\b"), TENSOR_ROLE_HEAD),
 )
 
 
 def role_of(name: str) -> TensorRole.ValueType:
-    """Return the role of an adapter's tensor, from its PEFT state-dict name."""
+    """Return the role of a tensor, from its name: PEFT's in a state dict, or one with a method's prefix."""
     return next((role for pattern, role in _ROLES if pattern.search(name)), TENSOR_ROLE_OTHER)
 
 
@@ -97,6 +114,24 @@ def canonical_text(manifest: Manifest) -> bytes:
         f"{t.name}\t{_TEXT[t.element_type]}\t{','.join(map(str, t.shape))}\t{int(t.role)}\n" for t in manifest.tensors
     ]
     return "".join([*lines, "\n"]).encode("ascii")
+
+
+def version_digest(parts: Sequence[tuple[str, str]]) -> str:
+    """Return a version's digest, hexadecimal, from the names and digests of its parts (fsllm.v1.Version)."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return blake3("".join(f"{name}\t{digest}\n" for name, digest in parts).encode()).hexdigest()
+
+
+def part_name(part: str, rank: int) -> str:
+    """Return the name of a version's part as members of one rank get it (fsllm.v1.VersionPart)."""
+    return f"{part}@{rank}"
+
+
+def split_part_name(name: str) -> tuple[str, int]:
+    """Return which part it is and of which rank; 0: it is the same for every rank."""
+    part, _, rank = name.partition("@")
+    return part, int(rank or 0)
 
 
 class PayloadDigest:

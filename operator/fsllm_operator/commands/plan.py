@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import click
-from rich.table import Table
 
-from fsllm_common.errors import Exit, FsllmError
 from fsllm_common.plan import Plan, plan_from_file
-from fsllm_operator.console import stdout
+from fsllm_operator.checked import show_check
 from fsllm_operator.plan_report import report
 from fsllm_operator.reference import plan_example, plan_reference
 
@@ -39,25 +37,7 @@ Exit codes: 0 the plan is valid (warnings do not count), 3 it is not.
 @click.pass_context
 def check(ctx: click.Context, file: Path, model: Path | None, parameters: int | None, as_json: bool) -> None:
     """Check the plan FILE (.yaml, .toml or .json) and say what it means: bytes, privacy, warnings."""
-    try:
-        found = report(plan_from_file(file), model, parameters)
-    except FsllmError as error:
-        if not as_json:
-            raise
-        wrong = {"valid": False, "reason": error.reason, "message": error.message, "cure": error.cure}
-        click.echo(json.dumps(wrong, indent=2))
-        ctx.exit(error.exit_code or Exit.CONFIGURATION)
-    if as_json:
-        click.echo(json.dumps(found.as_object(), indent=2))
-        return
-    console = stdout()
-    table = Table.grid(padding=(0, 2))
-    for subject, sentence in found.rows():
-        table.add_row(f"[bold]{subject}[/]", sentence)
-    console.print(table)
-    for warning in found.warnings:
-        console.print(f"[yellow]Warning:[/] {warning}", highlight=False)
-    click.echo(f"{file} is valid.")
+    show_check(ctx, lambda: report(plan_from_file(file), model, parameters), f"{file} is valid.", as_json=as_json)
 
 
 @plan.command()

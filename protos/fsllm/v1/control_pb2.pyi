@@ -648,21 +648,25 @@ class ExportRunRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     version: _builtins.int
     """Unset: the latest."""
     offset: _builtins.int
     """Where the chunks begin, at most the payload's length."""
+    part: _builtins.str
+    """Of a version in parts: the name of one of them. Empty for a version in one piece."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         version: _builtins.int | None = ...,
         offset: _builtins.int = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "offset", b"offset", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "offset", b"offset", "part", b"part", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

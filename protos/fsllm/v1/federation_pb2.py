@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from fsllm.v1 import tensors_pb2 as fsllm_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66sllm/v1/federation.proto\x12\x08\x66sllm.v1\x1a\x16\x66sllm/v1/tensors.proto\"\xaf\x01\n\rAttachRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.fsllm.v1.HelloH\x00\x12\"\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x10.fsllm.v1.AnswerH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.ProgressH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.fsllm.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x88\x01\n\x0e\x41ttachResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.fsllm.v1.WelcomeH\x00\x12 \n\x05order\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.OrderH\x00\x12&\n\x08withdraw\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.WithdrawH\x00\x42\x06\n\x04kind\"~\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x13\n\x0bheld_orders\x18\x03 \x03(\t\x12,\n\x0c\x63\x61pabilities\x18\x04 \x01(\x0b\x32\x16.fsllm.v1.Capabilities\"b\n\x0c\x43\x61pabilities\x12\x0c\n\x04gpus\x18\x01 \x01(\r\x12\x18\n\x10gpu_memory_bytes\x18\x02 \x01(\x04\x12\x19\n\x11host_memory_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07trainer\x18\x04 \x01(\x08\"\x91\x01\n\x07Welcome\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x1c\n\x14protocol_version_min\x18\x04 \x01(\r\x12\x1c\n\x14protocol_version_max\x18\x05 \x01(\r\x12\x18\n\x10software_version\x18\x06 \x01(\t\"\x0b\n\tHeartbeat\"\x8a\x01\n\x05Order\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12!\n\x04kind\x18\x04 \x01(\x0e\x32\x13.fsllm.v1.OrderKind\x12\x0c\n\x04plan\x18\x05 \x01(\x0c\x12\x1f\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x11.fsllm.v1.Version\"@\n\x07Version\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\"=\n\x08Withdraw\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xb9\x01\n\x06\x41nswer\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12&\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x12.fsllm.v1.AcceptedH\x00\x12&\n\x08\x64\x65\x63lined\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.DeclinedH\x00\x12\"\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x10.fsllm.v1.FailedH\x00\x12\x1e\n\x04\x64one\x18\x05 \x01(\x0b\x32\x0e.fsllm.v1.DoneH\x00\x42\t\n\x07outcome\"\n\n\x08\x41\x63\x63\x65pted\"+\n\x08\x44\x65\x63lined\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\")\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\")\n\x04\x44one\x12!\n\x07metrics\x18\x01 \x03(\x0b\x32\x10.fsllm.v1.Metric\"5\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"n\n\x08Progress\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\x12!\n\x07metrics\x18\x05 \x03(\x0b\x32\x10.fsllm.v1.Metric\"A\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x8c\x01\n\x10\x44ownloadResponse\x12&\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.fsllm.v1.ManifestH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ChunkH\x00\x12&\n\x04part\x18\x03 \x01(\x0b\x32\x16.fsllm.v1.ManifestPartH\x00\x42\x06\n\x04kind\"\x89\x01\n\rUploadRequest\x12&\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x15.fsllm.v1.UploadBeginH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ChunkH\x00\x12&\n\x04part\x18\x03 \x01(\x0b\x32\x16.fsllm.v1.ManifestPartH\x00\x42\x06\n\x04kind\"\xcd\x01\n\x0bUploadBegin\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12$\n\x08manifest\x18\x05 \x01(\x0b\x32\x12.fsllm.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\r\n\x05steps\x18\x08 \x01(\x04\x12!\n\x07metrics\x18\t \x03(\x0b\x32\x10.fsllm.v1.Metric\"\x84\x01\n\x0eUploadResponse\x12\"\n\x06queued\x18\x01 \x01(\x0b\x32\x10.fsllm.v1.QueuedH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ReadyH\x00\x12$\n\x07receipt\x18\x03 \x01(\x0b\x32\x11.fsllm.v1.ReceiptH\x00\x42\x06\n\x04kind\"\x17\n\x06Queued\x12\r\n\x05place\x18\x01 \x01(\r\"\x17\n\x05Ready\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"C\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x11\n\tduplicate\x18\x03 \x01(\x08\"D\n\x13UploadStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"T\n\x14UploadStatusResponse\x12\x18\n\x10\x63ommitted_offset\x18\x01 \x01(\x04\x12\"\n\x07receipt\x18\x02 \x01(\x0b\x32\x11.fsllm.v1.Receipt\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"*\n\rRenewResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c*\x97\x01\n\tOrderKind\x12\x1a\n\x16ORDER_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fORDER_KIND_JOIN\x10\x01\x12\x14\n\x10ORDER_KIND_BUILD\x10\x02\x12\x14\n\x10ORDER_KIND_CHECK\x10\x03\x12\x14\n\x10ORDER_KIND_TRAIN\x10\x04\x12\x17\n\x13ORDER_KIND_EVALUATE\x10\x05\x32\xe3\x02\n\x11\x46\x65\x64\x65rationService\x12?\n\x06\x41ttach\x12\x17.fsllm.v1.AttachRequest\x1a\x18.fsllm.v1.AttachResponse(\x01\x30\x01\x12\x43\n\x08\x44ownload\x12\x19.fsllm.v1.DownloadRequest\x1a\x1a.fsllm.v1.DownloadResponse0\x01\x12?\n\x06Upload\x12\x17.fsllm.v1.UploadRequest\x1a\x18.fsllm.v1.UploadResponse(\x01\x30\x01\x12M\n\x0cUploadStatus\x12\x1d.fsllm.v1.UploadStatusRequest\x1a\x1e.fsllm.v1.UploadStatusResponse\x12\x38\n\x05Renew\x12\x16.fsllm.v1.RenewRequest\x1a\x17.fsllm.v1.RenewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66sllm/v1/federation.proto\x12\x08\x66sllm.v1\x1a\x16\x66sllm/v1/tensors.proto\"\xaf\x01\n\rAttachRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.fsllm.v1.HelloH\x00\x12\"\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x10.fsllm.v1.AnswerH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.ProgressH\x00\x12(\n\theartbeat\x18\x04 \x01(\x0b\x32\x13.fsllm.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\x88\x01\n\x0e\x41ttachResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.fsllm.v1.WelcomeH\x00\x12 \n\x05order\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.OrderH\x00\x12&\n\x08withdraw\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.WithdrawH\x00\x42\x06\n\x04kind\"~\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x13\n\x0bheld_orders\x18\x03 \x03(\t\x12,\n\x0c\x63\x61pabilities\x18\x04 \x01(\x0b\x32\x16.fsllm.v1.Capabilities\"b\n\x0c\x43\x61pabilities\x12\x0c\n\x04gpus\x18\x01 \x01(\r\x12\x18\n\x10gpu_memory_bytes\x18\x02 \x01(\x04\x12\x19\n\x11host_memory_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07trainer\x18\x04 \x01(\x08\"\x91\x01\n\x07Welcome\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x1c\n\x14protocol_version_min\x18\x04 \x01(\r\x12\x1c\n\x14protocol_version_max\x18\x05 \x01(\r\x12\x18\n\x10software_version\x18\x06 \x01(\t\"\x0b\n\tHeartbeat\"\x8a\x01\n\x05Order\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12!\n\x04kind\x18\x04 \x01(\x0e\x32\x13.fsllm.v1.OrderKind\x12\x0c\n\x04plan\x18\x05 \x01(\x0c\x12\x1f\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x11.fsllm.v1.Version\"f\n\x07Version\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12$\n\x05parts\x18\x04 \x03(\x0b\x32\x15.fsllm.v1.VersionPart\"B\n\x0bVersionPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\"=\n\x08Withdraw\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xb9\x01\n\x06\x41nswer\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12&\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x12.fsllm.v1.AcceptedH\x00\x12&\n\x08\x64\x65\x63lined\x18\x03 \x01(\x0b\x32\x12.fsllm.v1.DeclinedH\x00\x12\"\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x10.fsllm.v1.FailedH\x00\x12\x1e\n\x04\x64one\x18\x05 \x01(\x0b\x32\x0e.fsllm.v1.DoneH\x00\x42\t\n\x07outcome\"\n\n\x08\x41\x63\x63\x65pted\"+\n\x08\x44\x65\x63lined\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\")\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"7\n\x04\x44one\x12!\n\x07metrics\x18\x01 \x03(\x0b\x32\x10.fsllm.v1.Metric\x12\x0c\n\x04rank\x18\x02 \x01(\r\"5\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"n\n\x08Progress\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\x12!\n\x07metrics\x18\x05 \x03(\x0b\x32\x10.fsllm.v1.Metric\"A\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x8c\x01\n\x10\x44ownloadResponse\x12&\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.fsllm.v1.ManifestH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ChunkH\x00\x12&\n\x04part\x18\x03 \x01(\x0b\x32\x16.fsllm.v1.ManifestPartH\x00\x42\x06\n\x04kind\"\x89\x01\n\rUploadRequest\x12&\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x15.fsllm.v1.UploadBeginH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ChunkH\x00\x12&\n\x04part\x18\x03 \x01(\x0b\x32\x16.fsllm.v1.ManifestPartH\x00\x42\x06\n\x04kind\"\xe3\x01\n\x0bUploadBegin\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12$\n\x08manifest\x18\x05 \x01(\x0b\x32\x12.fsllm.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\r\n\x05steps\x18\x08 \x01(\x04\x12!\n\x07metrics\x18\t \x03(\x0b\x32\x10.fsllm.v1.Metric\x12\x14\n\x0cmodel_digest\x18\n \x01(\x0c\"\x84\x01\n\x0eUploadResponse\x12\"\n\x06queued\x18\x01 \x01(\x0b\x32\x10.fsllm.v1.QueuedH\x00\x12 \n\x05ready\x18\x02 \x01(\x0b\x32\x0f.fsllm.v1.ReadyH\x00\x12$\n\x07receipt\x18\x03 \x01(\x0b\x32\x11.fsllm.v1.ReceiptH\x00\x42\x06\n\x04kind\"\x17\n\x06Queued\x12\r\n\x05place\x18\x01 \x01(\r\"\x17\n\x05Ready\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"C\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x11\n\tduplicate\x18\x03 \x01(\x08\"D\n\x13UploadStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"h\n\x14UploadStatusResponse\x12\x18\n\x10\x63ommitted_offset\x18\x01 \x01(\x04\x12\"\n\x07receipt\x18\x02 \x01(\x0b\x32\x11.fsllm.v1.Receipt\x12\x12\n\nround_over\x18\x03 \x01(\x08\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"*\n\rRenewResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c*\x97\x01\n\tOrderKind\x12\x1a\n\x16ORDER_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fORDER_KIND_JOIN\x10\x01\x12\x14\n\x10ORDER_KIND_BUILD\x10\x02\x12\x14\n\x10ORDER_KIND_CHECK\x10\x03\x12\x14\n\x10ORDER_KIND_TRAIN\x10\x04\x12\x17\n\x13ORDER_KIND_EVALUATE\x10\x05\x32\xe3\x02\n\x11\x46\x65\x64\x65rationService\x12?\n\x06\x41ttach\x12\x17.fsllm.v1.AttachRequest\x1a\x18.fsllm.v1.AttachResponse(\x01\x30\x01\x12\x43\n\x08\x44ownload\x12\x19.fsllm.v1.DownloadRequest\x1a\x1a.fsllm.v1.DownloadResponse0\x01\x12?\n\x06Upload\x12\x17.fsllm.v1.UploadRequest\x1a\x18.fsllm.v1.UploadResponse(\x01\x30\x01\x12M\n\x0cUploadStatus\x12\x1d.fsllm.v1.UploadStatusRequest\x1a\x1e.fsllm.v1.UploadStatusResponse\x12\x38\n\x05Renew\x12\x16.fsllm.v1.RenewRequest\x1a\x17.fsllm.v1.RenewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fsllm.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ORDERKIND']._serialized_start=2579
-  _globals['_ORDERKIND']._serialized_end=2730
+  _globals['_ORDERKIND']._serialized_start=2741
+  _globals['_ORDERKIND']._serialized_end=2892
   _globals['_ATTACHREQUEST']._serialized_start=64
   _globals['_ATTACHREQUEST']._serialized_end=239
   _globals['_ATTACHRESPONSE']._serialized_start=242
@@ -49,47 +49,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORDER']._serialized_start=770
   _globals['_ORDER']._serialized_end=908
   _globals['_VERSION']._serialized_start=910
-  _globals['_VERSION']._serialized_end=974
-  _globals['_WITHDRAW']._serialized_start=976
-  _globals['_WITHDRAW']._serialized_end=1037
-  _globals['_ANSWER']._serialized_start=1040
-  _globals['_ANSWER']._serialized_end=1225
-  _globals['_ACCEPTED']._serialized_start=1227
-  _globals['_ACCEPTED']._serialized_end=1237
-  _globals['_DECLINED']._serialized_start=1239
-  _globals['_DECLINED']._serialized_end=1282
-  _globals['_FAILED']._serialized_start=1284
-  _globals['_FAILED']._serialized_end=1325
-  _globals['_DONE']._serialized_start=1327
-  _globals['_DONE']._serialized_end=1368
-  _globals['_METRIC']._serialized_start=1370
-  _globals['_METRIC']._serialized_end=1423
-  _globals['_PROGRESS']._serialized_start=1425
-  _globals['_PROGRESS']._serialized_end=1535
-  _globals['_DOWNLOADREQUEST']._serialized_start=1537
-  _globals['_DOWNLOADREQUEST']._serialized_end=1602
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1605
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1745
-  _globals['_UPLOADREQUEST']._serialized_start=1748
-  _globals['_UPLOADREQUEST']._serialized_end=1885
-  _globals['_UPLOADBEGIN']._serialized_start=1888
-  _globals['_UPLOADBEGIN']._serialized_end=2093
-  _globals['_UPLOADRESPONSE']._serialized_start=2096
-  _globals['_UPLOADRESPONSE']._serialized_end=2228
-  _globals['_QUEUED']._serialized_start=2230
-  _globals['_QUEUED']._serialized_end=2253
-  _globals['_READY']._serialized_start=2255
-  _globals['_READY']._serialized_end=2278
-  _globals['_RECEIPT']._serialized_start=2280
-  _globals['_RECEIPT']._serialized_end=2347
-  _globals['_UPLOADSTATUSREQUEST']._serialized_start=2349
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=2417
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=2419
-  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=2503
-  _globals['_RENEWREQUEST']._serialized_start=2505
-  _globals['_RENEWREQUEST']._serialized_end=2532
-  _globals['_RENEWRESPONSE']._serialized_start=2534
-  _globals['_RENEWRESPONSE']._serialized_end=2576
-  _globals['_FEDERATIONSERVICE']._serialized_start=2733
-  _globals['_FEDERATIONSERVICE']._serialized_end=3088
+  _globals['_VERSION']._serialized_end=1012
+  _globals['_VERSIONPART']._serialized_start=1014
+  _globals['_VERSIONPART']._serialized_end=1080
+  _globals['_WITHDRAW']._serialized_start=1082
+  _globals['_WITHDRAW']._serialized_end=1143
+  _globals['_ANSWER']._serialized_start=1146
+  _globals['_ANSWER']._serialized_end=1331
+  _globals['_ACCEPTED']._serialized_start=1333
+  _globals['_ACCEPTED']._serialized_end=1343
+  _globals['_DECLINED']._serialized_start=1345
+  _globals['_DECLINED']._serialized_end=1388
+  _globals['_FAILED']._serialized_start=1390
+  _globals['_FAILED']._serialized_end=1431
+  _globals['_DONE']._serialized_start=1433
+  _globals['_DONE']._serialized_end=1488
+  _globals['_METRIC']._serialized_start=1490
+  _globals['_METRIC']._serialized_end=1543
+  _globals['_PROGRESS']._serialized_start=1545
+  _globals['_PROGRESS']._serialized_end=1655
+  _globals['_DOWNLOADREQUEST']._serialized_start=1657
+  _globals['_DOWNLOADREQUEST']._serialized_end=1722
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1725
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1865
+  _globals['_UPLOADREQUEST']._serialized_start=1868
+  _globals['_UPLOADREQUEST']._serialized_end=2005
+  _globals['_UPLOADBEGIN']._serialized_start=2008
+  _globals['_UPLOADBEGIN']._serialized_end=2235
+  _globals['_UPLOADRESPONSE']._serialized_start=2238
+  _globals['_UPLOADRESPONSE']._serialized_end=2370
+  _globals['_QUEUED']._serialized_start=2372
+  _globals['_QUEUED']._serialized_end=2395
+  _globals['_READY']._serialized_start=2397
+  _globals['_READY']._serialized_end=2420
+  _globals['_RECEIPT']._serialized_start=2422
+  _globals['_RECEIPT']._serialized_end=2489
+  _globals['_UPLOADSTATUSREQUEST']._serialized_start=2491
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=2559
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_start=2561
+  _globals['_UPLOADSTATUSRESPONSE']._serialized_end=2665
+  _globals['_RENEWREQUEST']._serialized_start=2667
+  _globals['_RENEWREQUEST']._serialized_end=2694
+  _globals['_RENEWRESPONSE']._serialized_start=2696
+  _globals['_RENEWRESPONSE']._serialized_end=2738
+  _globals['_FEDERATIONSERVICE']._serialized_start=2895
+  _globals['_FEDERATIONSERVICE']._serialized_end=3250
 # @@protoc_insertion_point(module_scope)

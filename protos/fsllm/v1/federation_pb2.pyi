@@ -278,24 +278,63 @@ class Version(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     digest: _builtins.bytes
-    """The manifest's digest, under which Download serves it."""
+    """Of a version in one piece: its manifest's digest, under which Download serves it. Of one in parts: the BLAKE3 of a
+    line for each part, "name TAB hexadecimal digest LF".
+    """
     payload_bytes: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionPart]:
+        """Empty for a version in one piece. Sorted by name; no tensor is in two of them. A member fetches those that it does
+        not have: most methods change few of them in a round.
+        """
+
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         payload_bytes: _builtins.int = ...,
+        parts: _abc.Iterable[Global___VersionPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "number", b"number", "payload_bytes", b"payload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "number", b"number", "parts", b"parts", "payload_bytes", b"payload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Version: _TypeAlias = Version  # noqa: Y015
+
+@_typing.final
+class VersionPart(_message.Message):
+    """A set of tensors of a version that changes, or stays, as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """E.g. adapter, control, base/00003; adapter@4 for members whose adapter is of rank 4."""
+    digest: _builtins.bytes
+    """The manifest's digest, under which Download serves it."""
+    payload_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        payload_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "payload_bytes", b"payload_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionPart: _TypeAlias = VersionPart  # noqa: Y015
 
 @_typing.final
 class Withdraw(_message.Message):
@@ -428,16 +467,20 @@ class Done(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     METRICS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """JOIN: the rank of this member's adapter, one of the plan's; 0 stands for the plan's own."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Metric]: ...
     def __init__(
         self,
         *,
         metrics: _abc.Iterable[Global___Metric] | None = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,6 +644,7 @@ class UploadBegin(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     order_id: _builtins.str
     run_id: _builtins.str
     round: _builtins.int
@@ -610,6 +654,10 @@ class UploadBegin(_message.Message):
     """What the update counts for. The plan says which of the two weighs."""
     tokens: _builtins.int
     steps: _builtins.int
+    model_digest: _builtins.bytes
+    """Of a method whose sites rebuild the model from a few numbers: the BLAKE3 of what this one started from. Every site
+    that starts from the same version has to send the same; else MODEL_DIGEST_MISMATCH.
+    """
     @_builtins.property
     def manifest(self) -> _tensors_pb2.Manifest: ...
     @_builtins.property
@@ -628,10 +676,11 @@ class UploadBegin(_message.Message):
         tokens: _builtins.int = ...,
         steps: _builtins.int = ...,
         metrics: _abc.Iterable[Global___Metric] | None = ...,
+        model_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "examples", b"examples", "manifest", b"manifest", "metrics", b"metrics", "order_id", b"order_id", "round", b"round", "run_id", b"run_id", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "examples", b"examples", "manifest", b"manifest", "metrics", b"metrics", "model_digest", b"model_digest", "order_id", b"order_id", "round", b"round", "run_id", b"run_id", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -767,8 +816,11 @@ class UploadStatusResponse(_message.Message):
 
     COMMITTED_OFFSET_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    ROUND_OVER_FIELD_NUMBER: _builtins.int
     committed_offset: _builtins.int
     """Bytes held so far of this payload."""
+    round_over: _builtins.bool
+    """The round is over, or its run: nobody will ask for this payload any more."""
     @_builtins.property
     def receipt(self) -> Global___Receipt:
         """Set when it is recorded."""
@@ -778,10 +830,11 @@ class UploadStatusResponse(_message.Message):
         *,
         committed_offset: _builtins.int = ...,
         receipt: Global___Receipt | None = ...,
+        round_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_offset", b"committed_offset", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_offset", b"committed_offset", "receipt", b"receipt", "round_over", b"round_over"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

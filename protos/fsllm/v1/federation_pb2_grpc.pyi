@@ -59,8 +59,8 @@ class FederationServiceStub:
     it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
     disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
     offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
-    SITE_IDLE or TOO_SLOW (what has arrived counts).
+    UPDATE_CONFLICT, MANIFEST_INVALID, MODEL_DIGEST_MISMATCH, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE,
+    DISK_FULL, SITE_IDLE or TOO_SLOW (what has arrived counts).
     """
     UploadStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.UploadStatusRequest, _federation_pb2.UploadStatusResponse]
     """A site that does not know whether its upload was recorded asks here. Safe at any time."""
@@ -98,8 +98,8 @@ class FederationServiceAsyncStub(FederationServiceStub):
     it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
     disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
     offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-    UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
-    SITE_IDLE or TOO_SLOW (what has arrived counts).
+    UPDATE_CONFLICT, MANIFEST_INVALID, MODEL_DIGEST_MISMATCH, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE,
+    DISK_FULL, SITE_IDLE or TOO_SLOW (what has arrived counts).
     """
     UploadStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.UploadStatusRequest, _federation_pb2.UploadStatusResponse]  # type: ignore[assignment]
     """A site that does not know whether its upload was recorded asks here. Safe at any time."""
@@ -152,8 +152,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         it already holds the payload. The site sends the chunks from there on and closes. The server verifies, syncs to
         disk, records, and only then answers with the receipt. A site whose stream broke calls again and goes on at the new
         offset; a payload that is already recorded gets its receipt at once. Errors: NOT_WANTED, BASE_STALE,
-        UPDATE_CONFLICT, MANIFEST_INVALID, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE, DISK_FULL,
-        SITE_IDLE or TOO_SLOW (what has arrived counts).
+        UPDATE_CONFLICT, MANIFEST_INVALID, MODEL_DIGEST_MISMATCH, CHUNK_CORRUPT, DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE,
+        DISK_FULL, SITE_IDLE or TOO_SLOW (what has arrived counts).
         """
 
     @_abc_1.abstractmethod

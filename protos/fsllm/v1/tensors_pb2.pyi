@@ -57,6 +57,21 @@ class _TensorRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorRole
     TENSOR_ROLE_HEAD: _TensorRole.ValueType  # 5
     TENSOR_ROLE_SCALE: _TensorRole.ValueType  # 6
     TENSOR_ROLE_OTHER: _TensorRole.ValueType  # 7
+    TENSOR_ROLE_LORA_R: _TensorRole.ValueType  # 8
+    """The small square matrix between two frozen factors (LoRA-XS)."""
+    TENSOR_ROLE_CONTROL: _TensorRole.ValueType  # 9
+    """A control variate, named control/<the tensor it is of>."""
+    TENSOR_ROLE_SCALAR: _TensorRole.ValueType  # 10
+    """Numbers that stand for more than themselves, such as a step along a seed's direction: scalars/<name>."""
+    TENSOR_ROLE_BASE_DELTA: _TensorRole.ValueType  # 11
+    """A factor of what was added to a base weight since the run began: base_delta/<round>/<module>.lora_U or .lora_V."""
+    TENSOR_ROLE_TEST_MATRIX: _TensorRole.ValueType  # 12
+    """Of a randomised SVD of a module's product of factors: the random test matrix, the sketch of its range, that of
+    its co-range, and an orthonormal basis of the range: sketch/<module>.lora_O, .lora_Y, .lora_Z and .lora_Q.
+    """
+    TENSOR_ROLE_RANGE: _TensorRole.ValueType  # 13
+    TENSOR_ROLE_CORANGE: _TensorRole.ValueType  # 14
+    TENSOR_ROLE_BASIS: _TensorRole.ValueType  # 15
 
 class TensorRole(_TensorRole, metaclass=_TensorRoleEnumTypeWrapper):
     """What a tensor is in its adapter. Share filters ("send A only", "keep B private") select by role."""
@@ -69,6 +84,21 @@ TENSOR_ROLE_PROMPT: TensorRole.ValueType  # 4
 TENSOR_ROLE_HEAD: TensorRole.ValueType  # 5
 TENSOR_ROLE_SCALE: TensorRole.ValueType  # 6
 TENSOR_ROLE_OTHER: TensorRole.ValueType  # 7
+TENSOR_ROLE_LORA_R: TensorRole.ValueType  # 8
+"""The small square matrix between two frozen factors (LoRA-XS)."""
+TENSOR_ROLE_CONTROL: TensorRole.ValueType  # 9
+"""A control variate, named control/<the tensor it is of>."""
+TENSOR_ROLE_SCALAR: TensorRole.ValueType  # 10
+"""Numbers that stand for more than themselves, such as a step along a seed's direction: scalars/<name>."""
+TENSOR_ROLE_BASE_DELTA: TensorRole.ValueType  # 11
+"""A factor of what was added to a base weight since the run began: base_delta/<round>/<module>.lora_U or .lora_V."""
+TENSOR_ROLE_TEST_MATRIX: TensorRole.ValueType  # 12
+"""Of a randomised SVD of a module's product of factors: the random test matrix, the sketch of its range, that of
+its co-range, and an orthonormal basis of the range: sketch/<module>.lora_O, .lora_Y, .lora_Z and .lora_Q.
+"""
+TENSOR_ROLE_RANGE: TensorRole.ValueType  # 13
+TENSOR_ROLE_CORANGE: TensorRole.ValueType  # 14
+TENSOR_ROLE_BASIS: TensorRole.ValueType  # 15
 Global___TensorRole: _TypeAlias = TensorRole  # noqa: Y015
 
 @_typing.final

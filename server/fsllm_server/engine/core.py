@@ -7,6 +7,7 @@ the phase advance as far as the state allows.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from fsllm_common.errors import FsllmError
 from fsllm_common.plan import Plan
@@ -32,9 +33,17 @@ from fsllm_server.engine.events import (
     UpdateRejected,
 )
 from fsllm_server.engine.phases import PHASES
+from fsllm_server.engine.phases.agreement import refuse_other_model
+from fsllm_server.engine.phases.init import update_of
 from fsllm_server.engine.phases.phase import names
+from fsllm_server.engine.rules import LATEST
 from fsllm_server.engine.state import Evaluation, Kind, Member, Order, Run, Standing, Status, Update
 from fsllm_server.engine.turn import RETRY, Turn
+
+PHASES_THAT_COUNT = ("recruit", "collect", "failed")
+"""An update that comes in one of these is of the round in progress; an asynchronous one in any other, of the next."""
+PHASES_OF_A_FIXED_SET = ("reduce", "evaluate", "commit")
+"""From these a round does not go back: it wants no other update than those that it has."""
 
 RETRY_SECONDS = 30.0
 """After so long a member that could not join, or check version 0, is asked again."""
@@ -58,7 +67,8 @@ def check(run: Run, event: Event) -> None:
     """Refuse what somebody asks for and the state does not allow, before it is recorded.
 
     Raises:
-        FsllmError: RUN_ENDED, RUN_NOT_PAUSED; for an update NOT_WANTED, ROUND_CLOSED or UPDATE_CONFLICT.
+        FsllmError: RUN_ENDED, RUN_NOT_PAUSED; for an update NOT_WANTED, ROUND_CLOSED, UPDATE_CONFLICT or
+            MODEL_DIGEST_MISMATCH.
 
     """
     match event:
@@ -73,15 +83,34 @@ def check(run: Run, event: Event) -> None:
                     f"{event.member} has delivered {before.digest[:12]} for round {event.round} already",
                 )
             wanted_order(run, event.member, event.order_id, event.round)
+            refuse_other_model(run, event.round, event.member, event.model_digest)
 
 
 def recorded(run: Run, round_: int, member: str) -> Update | None:
     """Return the update of a member that is recorded for a round, in progress or committed."""
-    if round_ == run.round and member in run.updates:
-        return run.updates[member]
-    # Round r is the commit at index r.
-    contributions = run.commits[round_].contributions if round_ < len(run.commits) else ()
-    return next((c.update for c in contributions if c.update.member == member), None)
+    for waiting in (run.updates, run.early):
+        if member in waiting and waiting[member].round == round_:
+            return waiting[member]
+    # Round r is the commit at index r; an asynchronous update may have been counted in a later one.
+    buffer = run.plan.cohort.buffer
+    last = round_ + (buffer.max_staleness if buffer is not None else 0)
+    return next(
+        (
+            contribution.update
+            for commit in run.commits[round_ : last + 1]
+            for contribution in commit.contributions
+            if contribution.update.member == member and contribution.update.round == round_
+        ),
+        None,
+    )
+
+
+def is_over(run: Run, member: str, round_: int) -> bool:
+    """Tell whether nobody will ask for a member's result of a round any more, whatever comes."""
+    if any(order.round == round_ and order.kind in (Kind.TRAIN, Kind.BUILD) for order in run.orders_of(member)):
+        return False
+    fixed = run.phase in PHASES_OF_A_FIXED_SET
+    return run.status.ended or round_ < run.round or (round_ == run.round and fixed)
 
 
 def wanted_order(run: Run, member: str, order_id: str, round_: int) -> Order:
@@ -118,9 +147,12 @@ def unwanted(run: Run, order_id: str) -> tuple[str, str]:
 
 
 def _submitted(event: Submitted) -> tuple[Run, list[Effect]]:
+    if event.rules > LATEST:
+        raise FsllmError("STATE_NEWER", f"it goes by version {event.rules} of the decisions, newer than {LATEST}")
     # Not plan_from_json: what was accepted once is not judged again by a later version's rules.
     plan = Plan.model_validate(json.loads(event.plan))
-    turn = Turn(Run(event.run_id, plan, event.needs_trainer, event.at, event.plan, phase_since=event.at), event.at)
+    run = Run(event.run_id, plan, event.needs_trainer, event.at, event.plan, phase_since=event.at)
+    turn = Turn(replace(run, needs_trusted=event.needs_trusted, in_pairs=event.in_pairs, rules=event.rules), event.at)
     turn.notify("status", Status.RUNNING, f"{plan.name} is submitted: {plan.rounds} rounds")
     PHASES[turn.run.phase].enter(turn)
     return turn.run, turn.effects
@@ -154,7 +186,7 @@ def _apply(turn: Turn, event: Event) -> None:
         case MemberAttached():
             _attached(turn, event)
         case MemberDetached(member=name) if name in run.members:
-            turn.update_member(name, attached=False)
+            turn.update_member(name, attached=False, left=run.round)
             turn.notify("member", name, f"{name} is detached")
         case MemberForgotten(member=name) if name in run.members:
             _forgotten(turn, name)
@@ -223,6 +255,7 @@ def _forgotten(turn: Turn, name: str) -> None:
     # What is being reduced or already reduced stays; what only waits to be is not used.
     if turn.run.phase != "reduce" and turn.run.candidate is None:
         turn.update(updates={key: value for key, value in turn.run.updates.items() if key != name})
+    turn.update(early={key: value for key, value in turn.run.early.items() if key != name})
     turn.notify("member", name, f"{name} is revoked and out of the run")
 
 
@@ -240,25 +273,25 @@ def _answered(turn: Turn, order: Order, event: Answered) -> None:
     elif order.kind in (Kind.TRAIN, Kind.BUILD):
         _failed(turn, order, "NOT_WANTED", "ended without an upload")
     else:
-        _done(turn, order, event.metrics)
+        _done(turn, order, event)
 
 
-def _done(turn: Turn, order: Order, metrics: tuple[Metric, ...]) -> None:
+def _done(turn: Turn, order: Order, event: Answered) -> None:
     name = order.member
     turn.update_member(name, message="", idle=False)
     match order.kind:
         case Kind.JOIN:
-            turn.update_member(name, standing=Standing.JOINED)
+            turn.update_member(name, standing=Standing.JOINED, rank=event.rank)
             turn.notify("member", name, f"{name} has joined")
             turn.nudge(name)
         case Kind.CHECK:
             turn.update_member(name, standing=Standing.READY)
             turn.notify("member", name, f"{name} is ready: its version 0 is the same")
         case Kind.EVALUATE:
-            evaluation = Evaluation(name, turn.run.members[name].role, metrics)
+            evaluation = Evaluation(name, turn.run.members[name].role, event.metrics)
             turn.update(evaluations={**turn.run.evaluations, name: evaluation})
             number = order.base.number if order.base else 0
-            turn.notify("evaluation", name, f"{name} has evaluated version {number}", metrics=metrics)
+            turn.notify("evaluation", name, f"{name} has evaluated version {number}", metrics=event.metrics)
 
 
 def _failed(turn: Turn, order: Order, reason: str, message: str) -> None:
@@ -296,7 +329,10 @@ def _updated(turn: Turn, event: UpdateRecorded) -> None:
     _note_epsilon(turn, event.member, event.metrics)
     what = "version 0" if order.kind is Kind.BUILD else "its update"
     turn.notify("update", event.member, f"{event.member} has delivered {what}", metrics=event.metrics)
-    PHASES[turn.run.phase].updated(turn, order, event)
+    if order.kind is Kind.TRAIN and turn.run.asynchronous and turn.run.phase not in PHASES_THAT_COUNT:
+        turn.update(early={**turn.run.early, event.member: update_of(turn.run, event)})
+    else:
+        PHASES[turn.run.phase].updated(turn, order, event)
 
 
 # Time, and the run as a whole.
@@ -314,8 +350,9 @@ def _deadline(turn: Turn, timer: str) -> None:
 
 
 def _restarted(turn: Turn) -> None:
-    for name in sorted(turn.run.members):
-        turn.update_member(name, attached=False)
+    for name, member in sorted(turn.run.members.items()):
+        if member.attached:
+            turn.update_member(name, attached=False, left=turn.run.round)
     turn.notify("status", "restarted", "the server has restarted; members attach again")
     for timer in turn.run.timers.values():
         turn.effects.append(SetTimer(timer.id, timer.seconds))
@@ -333,10 +370,12 @@ def _restored(turn: Turn, event: Restored) -> None:
 
 
 def _resumed(turn: Turn) -> None:
+    too_few = turn.run.reason == "TOO_FEW_UPDATES"
     turn.update(status=Status.RUNNING, reason="", message="", failures=0, phase_since=turn.at)
     turn.notify("status", Status.RUNNING, "resumed by an operator")
     for name in sorted(turn.run.members):
         _reconsider(turn, name)
     turn.nudge_all()
-    if (phase := PHASES[turn.run.phase].resume(turn)) is not None:
+    # What is here is kept, and whoever is ready by now is asked besides.
+    if (phase := "recruit" if too_few else PHASES[turn.run.phase].resume(turn)) is not None:
         _move(turn, phase)

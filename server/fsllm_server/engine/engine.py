@@ -86,6 +86,12 @@ class Engine:
         """
         for record in await self._log.runs():
             self._add(record, await self._log.replay(record.id))
+        for run in self._spools.runs():
+            if run not in self._runners:
+                # They would be swept away, though members have a receipt for them.
+                message = f"{self._spools.folder} holds uploads of run {run}, which the database does not know"
+                cure = "Start with the database of this state folder (--database); restore both from one back-up."
+                raise FsllmError("STATE_CORRUPT", message, cure=cure)
         await self.sweeper.sweep()
         if restoration is not None:
             restored = Restored(at=self._clock(), epoch=restoration.epoch, made=restoration.made)
@@ -198,8 +204,8 @@ class Engine:
         if self._stopped:
             raise stopping()
 
-    def version(self, run: str, number: int | None) -> StoredVersion:
-        """Return a committed version, the latest when ``number`` is None; its manifest carries adapter_config.
+    def version(self, run: str, number: int | None, part: str = "") -> StoredVersion:
+        """Return a part of a committed version, the latest when ``number`` is None; its manifest has adapter_config.
 
         Raises:
             FsllmError: RUN_UNKNOWN, VERSION_UNKNOWN.
@@ -211,7 +217,12 @@ class Engine:
         ):
             which = "a version" if number is None else f"version {number}"
             raise FsllmError("VERSION_UNKNOWN", f"Run {found.plan.name} ({found.id}) has not committed {which}")
-        return self._published(found.commits[at].version.digest, found.adapter_config)
+        parts = found.commits[at].version.parts
+        wanted = [one for one in parts if one.name == part or (not part and len(parts) == 1)]
+        if not wanted:
+            message = f"Version {at} of run {found.plan.name} has the parts {', '.join(one.name for one in parts)}"
+            raise FsllmError("VERSION_UNKNOWN", f"{message}; {part[:80]!r} is none of them")
+        return self._published(wanted[0].digest, found.adapter_config)
 
     # Members.
 
@@ -270,6 +281,7 @@ class Engine:
                 reason=said.reason[:64],
                 message=said.message[:1000],
                 metrics=views.metrics_of(answer.done.metrics),
+                rank=answer.done.rank if answer.done.rank in runner.run.plan.adapter.ranks else 0,
             )
         )
 
@@ -295,7 +307,7 @@ class Engine:
             run = runner.run
             if member in run.members:
                 versions = [run.zero, run.candidate, *(commit.version for commit in reversed(run.commits))]
-                if any(version is not None and version.digest == wanted for version in versions):
+                if any(part.digest == wanted for version in versions if version is not None for part in version.parts):
                     return self._published(wanted, run.adapter_config)
         raise FsllmError("BLOB_UNKNOWN", f"No run of {member} has a version {wanted[:12]}")
 
@@ -326,7 +338,7 @@ class Engine:
                 receipt = self._uploads.receipt(runner.run, expected.member, expected.round, spool.manifest.digest)
                 if receipt is not None:
                     return receipt
-            if error.reason in ("UPDATE_CONFLICT", "ROUND_CLOSED", "NOT_WANTED"):
+            if error.reason in ("UPDATE_CONFLICT", "ROUND_CLOSED", "NOT_WANTED", "MODEL_DIGEST_MISMATCH"):
                 self._meter.rejected(error.reason)
             raise
         return federation_pb2.Receipt(digest=spool.manifest.digest, payload_bytes=spool.manifest.payload_bytes)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from fsllm_common.algorithms import ADAPTER
 from fsllm_common.errors import FsllmError
+from fsllm_server.engine.rules import FIRST
 
 VERSION: Final = 1
 
@@ -29,6 +31,18 @@ class Metric(Record):
     weight: float
 
 
+class Part(Record):
+    """A set of tensors of a version, on disk; see fsllm.v1.VersionPart. Digests are hexadecimal."""
+
+    name: str
+    digest: str
+    """Of the published payload, in the plan's wire type."""
+    master: str
+    """Of the float32 payload; the same digest when the wire type is fp32."""
+    payload_bytes: int
+    """Of the published payload."""
+
+
 class _Event(Record):
     version: Literal[1] = VERSION
     at: float
@@ -44,6 +58,12 @@ class Submitted(_Event):
     """Canonical JSON."""
     needs_trainer: bool
     """Of the plan's algorithm, recorded here because looking it up is not pure."""
+    needs_trusted: bool = False
+    """Likewise."""
+    in_pairs: bool = False
+    """Likewise."""
+    rules: int = FIRST
+    """The version of the decisions that the run goes by (``engine/rules.py``)."""
 
 
 class MemberAttached(_Event):
@@ -73,6 +93,8 @@ class Answered(_Event):
     reason: str = ""
     message: str = ""
     metrics: tuple[Metric, ...] = ()
+    rank: int = 0
+    """Of the member's adapter, from its answer to JOIN; 0: the plan's."""
 
 
 class UpdateRecorded(_Event):
@@ -94,6 +116,8 @@ class UpdateRecorded(_Event):
     """Version 0 only."""
     element_type: str = ""
     """fp32, fp16 or bf16; empty in logs of fsllm 0.1.0."""
+    model_digest: str = ""
+    """Hexadecimal: of the model that the site has rebuilt, where the method has it do so."""
 
 
 class UpdateRejected(_Event):
@@ -112,15 +136,29 @@ class Reduced(_Event):
     kind: Literal["reduced"] = "reduced"
     job: str
     """The Reduce effect that this answers."""
-    digest: str
-    """Of the published payload, in the plan's wire type."""
-    master: str
-    """Of the float32 payload; the same digest when the wire type is fp32."""
-    payload_bytes: int
+    parts: tuple[Part, ...]
+    """All of the version's, sorted by name, those that stay as they were too."""
     weights: tuple[tuple[str, float], ...]
     """Each contributor's share in the sum."""
     state: tuple[tuple[str, str], ...] = ()
     """The server's state after it: (name, digest), sorted."""
+    reducer: str = "sum"
+    """What was done with the updates; see algorithms.Algorithm.reducer."""
+    package: str = ""
+    """Name and version of the package that the algorithm is of, where it is not fsllm's own."""
+    reducer_version: int = 1
+    """Of the reducer's arithmetic (``reduce.VERSIONS``); what fsllm had before logs said so."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_earlier(cls, given: object) -> object:
+        """Read logs of fsllm 0.1.0, whose versions were in one piece."""
+        if isinstance(given, dict) and "digest" in given:
+            given = dict(given)
+            given["parts"] = [
+                {"name": ADAPTER, **{key: given.pop(key) for key in ("digest", "master", "payload_bytes")}}
+            ]
+        return given
 
 
 class ReduceFailed(_Event):

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 from blake3 import blake3
 
 from fsllm_common import round_manifest
+from fsllm_common.algorithms import ADAPTER
 from fsllm_common.round_manifest import Link
 from fsllm_server.engine.state import Commit, Run, Version
-
-REDUCER: Final = {"name": "sum", "version": 1}
-"""The arithmetic of reduce/sum.py: a change by which the same updates give other bits raises the version."""
 
 
 def manifest_of(run: Run, commit: Commit, previous: str | None) -> bytes:
@@ -41,7 +38,7 @@ def manifest_of(run: Run, commit: Commit, previous: str | None) -> bytes:
             "previous": previous,
             "base": _version(before.version) if before is not None else None,
             "algorithm": plan["algorithm"],
-            "reducer": REDUCER,
+            "reducer": _reducer(commit.version),
             "updates": [
                 {
                     "member": one.update.member,
@@ -86,8 +83,15 @@ def links(run: Run, recorded: Sequence[str]) -> Iterator[Link]:
         previous = digest or commit.manifest
 
 
+def _reducer(version: Version) -> dict[str, object]:
+    package = {"package": version.package} if version.package else {}
+    return {"name": version.reducer, "version": version.reducer_version, **package}
+
+
 def _version(version: Version) -> dict[str, object]:
     said: dict[str, object] = {"version": version.number, "published": version.digest, "master": version.master}
+    if [part.name for part in version.parts] != [ADAPTER]:
+        said["parts"] = {part.name: [part.digest, part.master] for part in version.parts}
     if version.state:
         said["state"] = dict(version.state)
     return said

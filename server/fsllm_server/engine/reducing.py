@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from fsllm.v1.tensors_pb2 import Manifest
-from fsllm_common.algorithms import Algorithm, Update, algorithm_class
-from fsllm_common.tensors.manifest import WIRE_TYPES
-from fsllm_server.engine import state
+from fsllm_common.algorithms import Algorithm, Update, algorithm_class, package_of
+from fsllm_common.errors import FsllmError
+from fsllm_common.tensors.manifest import WIDTH
+from fsllm_server.engine import memory, state
 from fsllm_server.engine.effects import Reduce
 from fsllm_server.engine.events import Reduced
+from fsllm_server.engine.making import Maker
+from fsllm_server.engine.staleness import discounted
 from fsllm_server.engine.state import Run, Version
-from fsllm_server.store.blobs import Blobs
+from fsllm_server.reduce import VERSIONS
+from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.spools import Spools
 
 if TYPE_CHECKING:
-    from fsllm_server.reduce.sum import Addend, Step
+    from fsllm_server.reduce.blocks import Source
 
 
 @cache
@@ -31,44 +35,73 @@ def installed_algorithm(name: str) -> type[Algorithm]:
     return algorithm_class(name)
 
 
-def weigh(algorithm: Algorithm, base: Version | None, updates: Sequence[state.Update]) -> list[float]:
-    """Return each update's share in the sum. Version 0 is the one update itself."""
+def weigh(
+    algorithm: Algorithm,
+    base: Version | None,
+    updates: Sequence[state.Update],
+    sources: Sequence[Source],
+    completed: Mapping[str, float],
+    stopped: Callable[[], bool],
+) -> list[float]:
+    """Return each update's share, from all that was sent where the algorithm asks for it. Version 0 is the one update.
+
+    Args:
+        algorithm: The run's.
+        base: What the updates are deltas of.
+        updates: In the order of the members.
+        sources: The same, on disk.
+        completed: The shares of the updates that the round completes (``Run.completed``), which are these updates' too.
+        stopped: Asked now and then; True ends it with Stopped.
+
+    Raises:
+        FsllmError: TOO_FEW_UPDATES; STATE_CORRUPT.
+        Stopped: ``stopped`` said so.
+
+    """
     if base is None:
         return [1.0]
-    return algorithm.weigh([Update(u.member, u.examples, u.tokens, u.steps) for u in updates])
+    if completed:
+        kept = [completed.get(update.member, 0.0) for update in updates]
+        total = sum(kept) or 1.0  # less than 1 where a site was revoked in between
+        return [share / total for share in kept]
+    if len(updates) < (least := algorithm.least_updates()):
+        message = f"{algorithm.name} needs {least} updates with these parameters; the round has {len(updates)}"
+        raise FsllmError("TOO_FEW_UPDATES", message)
+    known = [Update(u.member, u.examples, u.tokens, u.steps, u.trusted) for u in updates]
+    discount = partial(discounted, algorithm.plan.cohort.buffer, base, updates)
+    if not algorithm.needs_products:
+        return discount(algorithm.weigh(known))
+    from fsllm_server.reduce.products import inner_products
+
+    elements = updates[0].payload_bytes // WIDTH[sources[0].element_type]
+    return discount(algorithm.weigh_by_products(known, inner_products(sources, elements, stopped)))
 
 
-def open_updates(
-    run_id: str, updates: Sequence[state.Update], shares: Sequence[float], spools: Spools
-) -> tuple[Manifest, list[Addend]]:
+def recorded_uploads(run_id: str, updates: Sequence[state.Update], spools: Spools) -> list[StoredVersion]:
+    """Return the uploads with their manifests.
+
+    Raises:
+        FsllmError: STATE_CORRUPT: an upload is missing.
+
+    """
+    return [spools.recorded(run_id, u.round, u.member, bytes.fromhex(u.digest)) for u in updates]
+
+
+def open_updates(run_id: str, updates: Sequence[state.Update], spools: Spools) -> tuple[Manifest, list[Source]]:
     """Return the last update's manifest and what to fold. One manifest is in memory at a time.
 
     Raises:
         FsllmError: STATE_CORRUPT: an upload is missing.
 
     """
-    from fsllm_server.reduce.blocks import uniform_type
-    from fsllm_server.reduce.sum import Addend
+    from fsllm_server.reduce.blocks import Source, uniform_type
 
-    tensors, addends = Manifest(), []
-    for update, share in zip(updates, shares, strict=True):
+    tensors, sources = Manifest(), []
+    for update in updates:
         stored = spools.recorded(run_id, update.round, update.member, bytes.fromhex(update.digest))
         tensors = stored.manifest
-        addends.append(Addend(stored.payload, uniform_type(tensors), share))
-    return tensors, addends
-
-
-def server_step(algorithm: Algorithm, round_: int, base: Version | None, blobs: Blobs) -> Step:
-    """Return the algorithm's step on a base version, with the state that was kept with it.
-
-    Raises:
-        FsllmError: BLOB_UNKNOWN.
-
-    """
-    from fsllm_server.reduce.sum import Step
-
-    kept = {name: blobs.get(bytes.fromhex(digest)) for name, digest in (base.state if base is not None else ())}
-    return Step(algorithm.apply, round_, {**algorithm.state(), **kept})
+        sources.append(Source(stored.payload, uniform_type(tensors)))
+    return tensors, sources
 
 
 def reduce_updates(
@@ -77,32 +110,26 @@ def reduce_updates(
     """Make the version that ``effect`` asks for and return the event that says so. Blocks; runs in a thread.
 
     Raises:
-        FsllmError: NOT_FINITE, DISK_FULL, STATE_CORRUPT, BLOB_UNKNOWN, PLAN_INVALID (the algorithm is not installed).
+        FsllmError: NOT_FINITE, DISK_FULL, STATE_CORRUPT, BLOB_UNKNOWN, PLAN_INVALID (the algorithm is not installed),
+            TOO_FEW_UPDATES.
         Stopped: The server stops.
 
     """
-    # Here, because numpy would be a third of an idle server's memory.
-    from fsllm_server.reduce.sum import fold
-
     algorithm = installed_algorithm(run.plan.algorithm.name)(run.plan)
-    shares = weigh(algorithm, effect.base, effect.updates)
-    base = blobs.get(bytes.fromhex(effect.base.master)) if effect.base is not None else None
-    tensors, addends = open_updates(run.id, effect.updates, shares, spools)
-    folded = fold(
-        base.manifest if base is not None else tensors,
-        base,
-        addends,
-        server_step(algorithm, effect.round, effect.base, blobs),
-        WIRE_TYPES[run.plan.wire.element_type],
-        blobs,
-        stopped=stopped,
-    )
+    tensors, sources = open_updates(run.id, effect.updates, spools)
+    memory.recall(algorithm, effect.base, blobs)
+    shares = weigh(algorithm, effect.base, effect.updates, sources, run.completed(effect.round), stopped)
+    maker = Maker(algorithm, blobs, blobs, stopped)
+    uploads = partial(recorded_uploads, run.id, effect.updates, spools)
+    made = maker.make(effect.round, effect.base, uploads, tensors, sources, shares)
+    reducer = algorithm.reducer() if effect.base is not None else "sum"
     return Reduced(
         at=clock(),
         job=effect.job,
-        digest=folded.published.digest.hex(),
-        master=folded.master.digest.hex(),
-        payload_bytes=folded.published.manifest.payload_bytes,
+        parts=made.parts,
         weights=tuple(zip((u.member for u in effect.updates), shares, strict=True)),
-        state=tuple(sorted((name, stored.digest.hex()) for name, stored in folded.state.items())),
+        state=made.state,
+        reducer=reducer,
+        package=package_of(algorithm.name),
+        reducer_version=VERSIONS.get(reducer, 1),
     )

@@ -36,7 +36,8 @@ def replay(run_id: str, entries: Iterable[Entry]) -> Iterator[Step]:
 
     Raises:
         FsllmError: STATE_CORRUPT, naming the entry: it can not be read, makes no sense where it stands, or does not
-            commit the round that it committed when it was recorded.
+            commit the round that it committed when it was recorded. STATE_NEWER: the run goes by decisions that this
+            version of fsllm does not know.
 
     """
     run: Run | None = None
@@ -46,13 +47,14 @@ def replay(run_id: str, entries: Iterable[Entry]) -> Iterator[Step]:
             run, effects = core.decide(before, load(entry.body))
         except Exception as error:
             # Whatever the core stumbles over: it did not when the entry was recorded.
-            what = error.message if isinstance(error, FsllmError) else f"it does not fit ({type(error).__name__})"
-            raise _corrupt(run_id, entry, what) from error
+            if isinstance(error, FsllmError):
+                raise _unreadable(run_id, entry, error.message, error.reason) from error
+            raise _unreadable(run_id, entry, f"it does not fit ({type(error).__name__})") from error
         commit = committed(before, run)
         if commit is None and entry.manifest is not None:
-            raise _corrupt(run_id, entry, "it committed a round once, and no longer does")
+            raise _unreadable(run_id, entry, "it committed a round once, and no longer does")
         yield Step(entry, run, effects, commit)
 
 
-def _corrupt(run_id: str, entry: Entry, what: str) -> FsllmError:
-    return FsllmError("STATE_CORRUPT", f"run {run_id}: entry {entry.sequence} of its log ({entry.kind}): {what}")
+def _unreadable(run_id: str, entry: Entry, what: str, reason: str = "STATE_CORRUPT") -> FsllmError:
+    return FsllmError(reason, f"run {run_id}: entry {entry.sequence} of its log ({entry.kind}): {what}")

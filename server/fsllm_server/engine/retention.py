@@ -41,7 +41,11 @@ class Retention:
             return ()
         if round_ >= len(run.commits):
             return () if run.status.ended else ALL
-        commit = run.commits[round_]
-        if round_ < len(run.commits) - self.rounds or now - commit.at >= self.seconds:
-            return ()
-        return {contribution.update.member for contribution in commit.contributions}
+        kept = (
+            [commit for commit in run.commits[-self.rounds :] if now - commit.at < self.seconds] if self.rounds else []
+        )
+        counted = [contribution.update for commit in kept for contribution in commit.contributions]
+        # Asynchronous updates are counted in later rounds than theirs.
+        waiting = [*run.updates.values(), *run.early.values()]
+        members = {update.member for update in (*counted, *waiting) if update.round == round_}
+        return members | {order.member for order in run.orders.values() if order.round == round_}

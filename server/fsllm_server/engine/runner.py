@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from fsllm_server.engine.effects import (
     SweepSpools,
     WithdrawOrder,
 )
-from fsllm_server.engine.events import DeadlinePassed, Event, MemberIdle, ReduceFailed, dump
+from fsllm_server.engine.events import DeadlinePassed, Event, MemberIdle, ReduceFailed, dump, load
 from fsllm_server.engine.idle import IdleWatch
 from fsllm_server.engine.manifests import committed
 from fsllm_server.engine.meter import Meter
@@ -77,6 +77,8 @@ class Runner:
         self.plan = record.plan.encode()
         self._outside = outside
         self._sequence = len(log_)
+        self._unsure = False
+        """Whether the log may hold more than ``_sequence`` entries."""
         run: Run | None = None
         self._notices = 0
         recorded: list[str] = []
@@ -169,32 +171,59 @@ class Runner:
                     _answer(done, None)
 
     async def _take(self, event: Event, *, keep_trying: bool) -> None:
-        core.check(self.run, event)
-        after, effects = core.decide(self.run, event)
-        if after is self.run and not effects:
-            return  # it changes nothing
-        commit = committed(self.run, after)
-        entry = Entry(
-            self._sequence + 1, event.at, event.kind, dump(event), commit.manifest if commit is not None else None
-        )
+        body = dump(event)
         while True:
             try:
-                with disk_errors(_LOG):
+                if self._unsure and body in await self._catch_up():
+                    return
+                core.check(self.run, event)
+                after, effects = core.decide(self.run, event)
+                if after is self.run and not effects:
+                    return  # it changes nothing
+                commit = committed(self.run, after)
+                manifest = commit.manifest if commit is not None else None
+                entry = Entry(self._sequence + 1, event.at, event.kind, body, manifest)
+                with self._whose_outcome_counts():
                     reach("event.append")
                     await self._outside.log.append(self.run.id, entry)
                 reach("event.appended")
-                break
             except FsllmError as error:
                 if not keep_trying or self._stopped.is_set():
                     raise
                 log.warning("an event can not be recorded yet", kind=event.kind, reason=error.reason, why=error.message)
+            else:
+                self._become(entry, after, effects)
+                return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), RECORD_AGAIN)
+
+    @contextmanager
+    def _whose_outcome_counts(self) -> Iterator[None]:
+        try:
+            with disk_errors(_LOG):
+                yield
+        except FsllmError:
+            self._unsure = True
+            raise
+
+    async def _catch_up(self) -> list[str]:
+        """Take up what the log holds beyond what this side knows, and return it.
+
+        A database may commit and be gone before it has said so.
+        """
+        found = (await self._outside.log.replay(self.run.id))[self._sequence :]
+        for entry in found:
+            self._become(entry, *core.decide(self.run, load(entry.body)))
+        self._unsure = False
+        return [entry.body for entry in found]
+
+    def _become(self, entry: Entry, after: Run, effects: list[Effect]) -> None:
+        """Take over what an entry of the log has made of the run."""
         self._sequence = entry.sequence
-        if commit is not None:
+        if (commit := committed(self.run, after)) is not None:
             self.recorded = (*self.recorded, commit.manifest)
         self.run = after
-        self._perform(event.at, effects)
+        self._perform(entry.at, effects)
 
     # Effects.
 

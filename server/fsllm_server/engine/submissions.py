@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 from fsllm_common.errors import PlanInvalid
 from fsllm_common.plan import Plan, canonical_json
+from fsllm_server.engine.core import decide
 from fsllm_server.engine.events import Submitted, dump
 from fsllm_server.engine.reducing import installed_algorithm
+from fsllm_server.engine.rules import LATEST
 from fsllm_server.store.events import Entry, EventLog, RunRecord
 
 
@@ -51,7 +53,7 @@ class Submissions:
 
     async def _submit(self, plan: Plan, request_id: str) -> str:
         text = canonical_json(plan).decode()
-        needs_trainer = installed_algorithm(plan.algorithm.name).needs_trainer
+        algorithm = installed_algorithm(plan.algorithm.name)
         async with self._one_at_a_time:
             if (known := self._known.get(request_id)) is not None:
                 if known.plan != text:
@@ -60,7 +62,16 @@ class Submissions:
                 return known.id
             now = self._clock()
             record = RunRecord(secrets.token_hex(6), plan.name, request_id, text, now)
-            event = Submitted(at=now, run_id=record.id, plan=text, needs_trainer=needs_trainer)
+            event = Submitted(
+                at=now,
+                run_id=record.id,
+                plan=text,
+                needs_trainer=algorithm.needs_trainer,
+                needs_trusted=algorithm.needs_trusted,
+                in_pairs=algorithm.in_pairs,
+                rules=LATEST,
+            )
+            decide(None, event)  # what could not be read back must not be recorded
             first = Entry(1, now, event.kind, dump(event))
             await self._log.submit(record, first)
             self._begin(record, first)

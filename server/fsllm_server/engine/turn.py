@@ -42,7 +42,8 @@ class Turn:
 
     def send(self, member: str, kind: Kind, base: Version | None = None) -> None:
         """Open an order and send it."""
-        order = Order(self.issue(f"{kind}.{member}"), member, self.run.round, kind, base)
+        view = base.view(self.run.members[member].rank) if base is not None else None
+        order = Order(self.issue(f"{kind}.{member}"), member, self.run.round, kind, view)
         self.update(orders={**self.run.orders, order.id: order})
         self.effects.append(SendOrder(order))
 

@@ -10,10 +10,12 @@ from fsllm.v1 import federation_pb2
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_common.errors import FsllmError, Refused, UpdateRejected
 from fsllm_common.pipeline import largest_norm
-from fsllm_common.tensors.manifest import MAX_TENSORS, WIDTH, WIRE_TYPES, fits, validate
+from fsllm_common.tensors.manifest import DIGEST_SIZE, MAX_TENSORS, WIDTH, WIRE_TYPES, fits, split_part_name, validate
 from fsllm_server.engine import core, events, views
+from fsllm_server.engine.phases.agreement import refuse_other_model
+from fsllm_server.engine.reducing import installed_algorithm
 from fsllm_server.engine.runner import Runner
-from fsllm_server.engine.state import Run
+from fsllm_server.engine.state import Run, Version
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spools, VerifiedSpool
 
@@ -62,8 +64,11 @@ class Uploads:
             raise UpdateRejected(
                 "MANIFEST_INVALID", f"An update can not count more than {MAX_COUNT} examples or tokens"
             )
+        if len(begin.model_digest) not in (0, DIGEST_SIZE):
+            raise UpdateRejected("MANIFEST_INVALID", f"A model's digest has {DIGEST_SIZE} bytes")
+        refuse_other_model(run, begin.round, member, begin.model_digest.hex())
         if order.base is not None:
-            base = self._blobs.get(bytes.fromhex(order.base.digest)).manifest
+            base = self._wanted(run, order.round, order.base)
             _check_size(manifest, len(base.tensors), base.payload_bytes * 2)
             if manifest.adapter_config:
                 raise UpdateRejected("MANIFEST_INVALID", "Only version 0 carries adapter_config")
@@ -77,6 +82,16 @@ class Uploads:
         max_norm = largest_norm(run.plan, elements) if order.base is not None else None
         return Expected(run.id, begin.round, member, manifest, max_norm, begin)
 
+    def _wanted(self, run: Run, round_: int, base: Version) -> Manifest:
+        """Return the manifest of the tensors that a round changes, as its base version was published."""
+        moving = installed_algorithm(run.plan.algorithm.name)(run.plan).moving(round_)
+        parts = [part for part in base.parts if split_part_name(part.name)[0] in moving]
+        manifests = [self._blobs.get(bytes.fromhex(part.digest)).manifest for part in parts]
+        if len(manifests) == 1:
+            return manifests[0]
+        tensors = sorted((spec for manifest in manifests for spec in manifest.tensors), key=lambda spec: spec.name)
+        return Manifest(tensors=tensors, payload_bytes=sum(manifest.payload_bytes for manifest in manifests))
+
     def receipt(self, run: Run, member: str, round_: int, digest: bytes) -> federation_pb2.Receipt | None:
         """Return the receipt of a payload that is recorded, else None."""
         update = core.recorded(run, round_, member)
@@ -88,9 +103,12 @@ class Uploads:
         """See ``Engine.upload_status``."""
         if run is None:
             return federation_pb2.UploadStatusResponse()
+        over = core.is_over(run, member, round_)
         if (receipt := self.receipt(run, member, round_, digest)) is not None:
-            return federation_pb2.UploadStatusResponse(committed_offset=receipt.payload_bytes, receipt=receipt)
-        return federation_pb2.UploadStatusResponse(committed_offset=self._spools.offset(run.id, round_, member, digest))
+            held = receipt.payload_bytes
+            return federation_pb2.UploadStatusResponse(committed_offset=held, receipt=receipt, round_over=over)
+        held = self._spools.offset(run.id, round_, member, digest)
+        return federation_pb2.UploadStatusResponse(committed_offset=held, round_over=over)
 
     def event(self, expected: Expected, spool: VerifiedSpool) -> events.UpdateRecorded:
         """Return the event that makes a verified upload count."""
@@ -109,6 +127,7 @@ class Uploads:
             metrics=views.metrics_of(begin.metrics),
             adapter_config=expected.manifest.adapter_config,
             element_type=_element_type(expected.manifest),
+            model_digest=begin.model_digest.hex(),
         )
 
     def rejection(self, expected: Expected, error: FsllmError) -> events.UpdateRejected:

@@ -9,20 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import DecodeError
 
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32
+from fsllm_common.algorithms import ADAPTER, package_of
 from fsllm_common.errors import FsllmError
 from fsllm_common.round_manifest import ChainCheck, Link, decode, digest
 from fsllm_common.tensors.manifest import WIDTH, WIRE_TYPES, PayloadDigest, validate
+from fsllm_server.engine import memory
+from fsllm_server.engine.making import Made, Maker
 from fsllm_server.engine.manifests import links
-from fsllm_server.engine.reducing import installed_algorithm, open_updates, server_step, weigh
+from fsllm_server.engine.reducing import installed_algorithm, open_updates, recorded_uploads, weigh
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Commit, Run, Update, Version
-from fsllm_server.reduce import Stopped
+from fsllm_server.reduce import VERSIONS, Stopped
 from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.events import Entry
 from fsllm_server.store.spools import Spools
@@ -158,7 +162,8 @@ class Verification:
             found.append(f"the upload of {', '.join(missing)} is missing")
         found += filter(None, [self._upload(run, commit, update, buffer) for update in kept])
         base = run.commits[commit.round - 1].version if commit.round else None
-        for blob in [base.master, *(kept for _, kept in base.state)] if base is not None else []:
+        # The masters, from which the round went on; where they are the same as what was published, that too.
+        for blob in [*(part.master for part in base.parts), *(kept for _, kept in base.state)] if base else []:
             if problem := self._blob(blob, buffer):
                 found.append(f"its base: {problem}")
         if len(found) > before:
@@ -169,39 +174,38 @@ class Verification:
         self, run: Run, commit: Commit, base: Version | None, updates: Sequence[Update], found: list[str]
     ) -> str:
         from fsllm_server.reduce.sink import Digests
-        from fsllm_server.reduce.sum import fold
 
+        reducer, then = commit.version.reducer, commit.version.reducer_version
+        if (now := VERSIONS.get(reducer, 1)) != then:
+            return f"its uploads are kept, but it was made by {reducer} {then}; this fsllm has {reducer} {now}"
         try:
             algorithm = installed_algorithm(run.plan.algorithm.name)(run.plan)
         except FsllmError as error:
             return f"its uploads are kept, but {error.message}"
         weights = [contribution.weight for contribution in commit.contributions]
-        if weights != (right := weigh(algorithm, base, updates)):
-            found.append(f"the weights are {_numbers(weights)}; the algorithm gives {_numbers(right)}")
-        stored = self._blobs.get(bytes.fromhex(base.master)) if base is not None else None
-        tensors, addends = open_updates(run.id, updates, weights, self._spools)
-        readings = len(updates) + 1
+        tensors, sources = open_updates(run.id, updates, self._spools)
+        before, readings = len(found), len(updates) + 1
+        sink = Digests(lambda written: self._advance(written * readings))
+        maker = Maker(algorithm, self._blobs, sink, self._stopped)
+        uploads = partial(recorded_uploads, run.id, updates, self._spools)
         try:
-            again = fold(
-                stored.manifest if stored is not None else tensors,
-                stored,
-                addends,
-                server_step(algorithm, commit.round, base, self._blobs),
-                WIRE_TYPES[run.plan.wire.element_type],
-                Digests(lambda written: self._advance(written * readings)),
-                stopped=self._stopped,
-            )
+            memory.recall(algorithm, base, self._blobs)
+            completed = run.completed(commit.round)
+            if weights != (right := weigh(algorithm, base, updates, sources, completed, self._stopped)):
+                found.append(f"the weights are {_numbers(weights)}; the algorithm gives {_numbers(right)}")
+            made = maker.make(commit.round, base, uploads, tensors, sources, weights)
         except FsllmError as error:
             found.append(f"it can not be recomputed: {error.message}")
             return ""
-        committed = dict(commit.version.state)
-        for what, made, recorded in (
-            ("master", again.master, commit.version.master),
-            ("published version", again.published, commit.version.digest),
-            *((f"server's {name}", kept, committed.get(name, "none")) for name, kept in again.state.items()),
-        ):
-            if made.digest.hex() != recorded:
-                found.append(f"recomputing gives the {what} {made.digest.hex()[:12]}; {recorded[:12]} was committed")
+        again, recorded = _digests(made), _digests(commit.version)
+        for what in sorted(again.keys() | recorded.keys()):
+            if (got := again.get(what, "none")) != (was := recorded.get(what, "none")):
+                # Only sums give the same bits on every machine.
+                caution = " (decompositions do so only with the same numpy on the same kind of processor)"
+                said = f"recomputing gives the {what} {got[:12]}; {was[:12]} was committed"
+                found.append(said + (caution if algorithm.needs_layers else ""))
+        if len(found) > before and (own := package_of(algorithm.name)) != (theirs := commit.version.package):
+            found.append(f"the round was made with {theirs or 'fsllm itself'}; installed is {own or 'none'}")
         return ""
 
     # Files.
@@ -283,3 +287,12 @@ def _said(error: Exception) -> str:
 
 def _numbers(values: Sequence[float]) -> str:
     return ", ".join(map(repr, values))
+
+
+def _digests(made: Made | Version) -> dict[str, str]:
+    """Return the digest of everything that a round makes, by what it is."""
+    found = {f"server's {name}": digest for name, digest in made.state}
+    for part in made.parts:
+        of = "" if part.name == ADAPTER else f" of {part.name}"
+        found |= {f"master{of}": part.master, f"published version{of}": part.digest}
+    return found

@@ -164,7 +164,17 @@ def withdrawal(effect: WithdrawOrder) -> federation_pb2.AttachResponse:
 
 def version(one: state.Version) -> federation_pb2.Version:
     """Return a version's name and size."""
-    return federation_pb2.Version(number=one.number, digest=bytes.fromhex(one.digest), payload_bytes=one.payload_bytes)
+    return federation_pb2.Version(
+        number=one.number,
+        digest=bytes.fromhex(one.digest),
+        payload_bytes=one.payload_bytes,
+        parts=[
+            federation_pb2.VersionPart(
+                name=part.name, digest=bytes.fromhex(part.digest), payload_bytes=part.payload_bytes
+            )
+            for part in (one.parts if len(one.parts) > 1 else ())
+        ],
+    )
 
 
 def metrics_of(sent: Iterable[federation_pb2.Metric]) -> tuple[Metric, ...]:

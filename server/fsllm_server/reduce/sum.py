@@ -1,259 +1,48 @@
-"""The SUM reducer: next version = apply(base, sum_k w_k delta_k, state), in float32, one block after the other.
+"""SUM: what stands for the mean is sum_k share_k delta_k, in float32, one update after the other.
 
-The order of the updates is the caller's (the engine sorts by member), products and sums are separate IEEE operations,
-and nothing depends on when an update arrived: the same set gives the same bits on every machine, so that anyone who
-holds the manifest of a commit can verify it. Memory is a few blocks, whatever the payload and the number of updates:
-one is read after the other, and beyond ``OPEN_FILES`` of them each is opened for each block.
+Products and sums are separate IEEE operations in the order of the updates, so that everybody gets the same bits. One
+block of one update is in memory at a time.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest
-from fsllm_common.algorithms import Block
-from fsllm_common.errors import FsllmError
-from fsllm_common.tensors.arrays import BLOCK, Array, narrow, square_sum
-from fsllm_common.tensors.manifest import byte_count, element_count
+from fsllm_common.tensors.arrays import BLOCK, Array
 from fsllm_server.reduce import Stopped
-from fsllm_server.reduce.blocks import BlockReader, blocks, scratch, uniform_type
-from fsllm_server.reduce.sink import Sink, Writer
-from fsllm_server.store.blobs import StoredVersion
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-OPEN_FILES: Final = 64
-"""Up to so many updates, their files stay open while they are folded."""
-
-_LANES: Final = 3
-"""Blocks in the making: two are computed while the third is hashed and written. Nobody else needs the processor then:
-all sites wait for the version."""
-
-Apply = Callable[[Block], "npt.NDArray[np.float32]"]
-"""See algorithms.Algorithm.apply."""
+from fsllm_server.reduce.blocks import Opened, Scratch, Source
 
 
-@dataclass(frozen=True, slots=True)
-class Addend:
-    """A verified update on disk and its share in the sum. It holds no manifest: that of a large adapter takes space."""
-
-    payload: Path
-    element_type: ElementType.ValueType
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """The next version, as the server keeps it and as it is published."""
-
-    master: StoredVersion
-    """float32."""
-    published: StoredVersion
-    """In the plan's wire type; the same blob when that is float32."""
-    state: Mapping[str, StoredVersion]
-    """The server's state after the step, float32, by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The server's step: an algorithm's, in one round."""
-
-    apply: Apply
-    round: int
-    state: Mapping[str, StoredVersion | float]
-    """As the last round has left it, by name; a number stands for a tensor that is the same everywhere."""
-
-
-def fold(
-    tensors: Manifest,
-    base: StoredVersion | None,
-    updates: Sequence[Addend],
-    step: Step,
-    wire: ElementType.ValueType,
-    sink: Sink,
-    *,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Folded:
-    """Make the next version and store it.
-
-    Args:
-        tensors: Names, shapes and roles: the base's manifest, or that of the one update that is version 0.
-        base: The float32 master of the base version; None: the one update is the version itself.
-        updates: Deltas of these tensors, in the order to add them.
-        step: What makes the next version of the base, the mean delta and the server's state.
-        wire: What the published payload holds.
-        sink: Where to: the blobs, or what only takes digests.
-        stopped: Asked between blocks.
-
-    Raises:
-        FsllmError: NOT_FINITE: the version would hold NaN or Inf in the wire type. DISK_FULL, STATE_CORRUPT.
-        Stopped: ``stopped`` said so.
-
-    """
-    with ExitStack() as stack:
-        lanes = [stack.enter_context(closing(_Lane(base, updates, step, wire, stopped))) for _ in range(_LANES)]
-        whole = _typed(tensors, ELEMENT_TYPE_FLOAT32)
-        master = stack.enter_context(sink.create(whole))
-        published: Writer | None = None
-        if wire != ELEMENT_TYPE_FLOAT32:
-            published = stack.enter_context(sink.create(_typed(tensors, wire)))
-        # Version 0 is nobody's step: the state begins with the first.
-        names = step.state if base is not None else ()
-        state = {name: stack.enter_context(sink.create(whole)) for name in names}
-        for made in _in_order(lanes, tensors):
-            master.write(made.version.view(np.uint8).data)
-            if published is not None:
-                published.write(made.sent.view(np.uint8).data)
-            for name, writer in state.items():
-                writer.write(made.state[name].view(np.uint8).data)
-        kept = master.commit()
-        return Folded(
-            kept,
-            published.commit() if published is not None else kept,
-            {name: writer.commit() for name, writer in state.items()},
-        )
-
-
-class _Made(NamedTuple):
-    """One block of what a fold makes."""
-
-    version: Array
-    sent: npt.NDArray[Any]
-    """The same in the wire's type."""
-    state: Mapping[str, Array]
-
-
-class _Lane:
-    """Computes one block at a time, in buffers of its own."""
+class WeightedSum:
+    """The weighted sum of payloads, block by block. Those whose share is 0 are not read: nothing would come of it."""
 
     def __init__(
-        self,
-        base: StoredVersion | None,
-        updates: Sequence[Addend],
-        step: Step,
-        wire: ElementType.ValueType,
-        stopped: Callable[[], bool],
+        self, updates: Sequence[Source], shares: Sequence[float], buffer: Scratch, stopped: Callable[[], bool]
     ) -> None:
-        self._step = step
-        self._wire = wire
+        counted = [(update, share) for update, share in zip(updates, shares, strict=True) if share]
+        self._readers = Opened([update for update, _ in counted], buffer)
+        self._shares = [np.float32(share) for _, share in counted]
         self._stopped = stopped
-        buffer = scratch()
-        self._updates = [
-            (BlockReader(u.payload, u.element_type, buffer, once=True), np.float32(u.weight)) for u in updates
-        ]
-        self._base = BlockReader(base.payload, uniform_type(base.manifest), buffer, once=True) if base else None
-        # Each in memory of its own: all of it is looked at together, and changed.
-        self._state = {
-            name: stored
-            if isinstance(stored, float)
-            else BlockReader(stored.payload, ELEMENT_TYPE_FLOAT32, scratch(), once=True)
-            for name, stored in (step.state if base is not None else {}).items()
-        }
-        self._mean = np.empty(BLOCK, dtype=np.float32)
         self._product = np.empty(BLOCK, dtype=np.float32)
-        if len(updates) <= OPEN_FILES:
-            for reader, _ in self._updates:
-                reader.open()
-        for kept in (self._base, *self._state.values()):
-            if isinstance(kept, BlockReader):
-                kept.open()
 
     def close(self) -> None:
         """Let the files go."""
-        for reader, _ in self._updates:
-            reader.close()
-        for kept in (self._base, *self._state.values()):
-            if isinstance(kept, BlockReader):
-                kept.close()
+        self._readers.close()
 
-    def make(self, tensors: Manifest, start: int, count: int) -> _Made:
-        """Return the block at ``start``; valid until the next call.
+    def fill(self, start: int, total: Array) -> None:
+        """Overwrite ``total`` (elements,) with the sum from element ``start`` on.
 
         Raises:
-            FsllmError: NOT_FINITE, naming the tensor; STATE_CORRUPT.
+            FsllmError: STATE_CORRUPT.
             Stopped: The fold is to stop.
 
         """
-        if self._stopped():
-            raise Stopped
-        state: dict[str, Array] = {}
-        if self._base is None:
-            version = self._updates[0][0].read(start, count)
-        else:
-            mean = self._mean[:count]
-            _weighted_sum(self._updates, start, mean, self._product[:count], self._stopped)
-            state = {
-                name: np.full(count, kept, np.float32) if isinstance(kept, float) else kept.read(start, count)
-                for name, kept in self._state.items()
-            }
-            block = Block(self._step.round, self._base.read(start, count), mean, state)
-            version = np.ascontiguousarray(self._step.apply(block), dtype=np.float32)
-        sent = narrow(version, self._wire)
-        if version.shape != (count,) or not math.isfinite(square_sum(sent)):
-            raise _not_finite(tensors, start, sent)
-        for name, array in state.items():
-            if not math.isfinite(square_sum(array)):
-                raise FsllmError("NOT_FINITE", f"the server's {name} would hold NaN or Inf")
-        return _Made(version, sent, state)
-
-
-def _weighted_sum(
-    readers: Sequence[tuple[BlockReader, np.float32]],
-    start: int,
-    total: Array,  # (count,), overwritten
-    product: Array,  # (count,), scratch
-    stopped: Callable[[], bool],
-) -> None:
-    total.fill(0)
-    for reader, weight in readers:
-        if stopped():
-            raise Stopped
-        np.multiply(reader.read(start, len(total)), weight, out=product)
-        np.add(total, product, out=total)
-
-
-def _in_order(lanes: Sequence[_Lane], tensors: Manifest) -> Iterator[_Made]:
-    """Yield what the lanes make of all blocks, in order. While one is looked at, the others compute the next ones."""
-    with ThreadPoolExecutor(len(lanes) - 1, "fold") as pool:
-        coming: deque[Future[_Made]] = deque()
-        try:
-            elements = sum(map(element_count, tensors.tensors))
-            for (start, count), lane in zip(blocks(elements), cycle(lanes), strict=False):
-                coming.append(pool.submit(lane.make, tensors, start, count))
-                if len(coming) == len(lanes):
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _typed(manifest: Manifest, element_type: ElementType.ValueType) -> Manifest:
-    """Return a manifest of the same tensors in another element type, without digest."""
-    typed = Manifest()
-    typed.tensors.extend(manifest.tensors)
-    for spec in typed.tensors:
-        spec.element_type = element_type
-    typed.payload_bytes = sum(map(byte_count, typed.tensors))
-    return typed
-
-
-def _not_finite(manifest: Manifest, start: int, block: npt.NDArray[np.generic]) -> FsllmError:
-    bad = np.flatnonzero(~np.isfinite(block.astype(np.float32)))
-    at = start + (int(bad[0]) if len(bad) else 0)
-    for spec in manifest.tensors:
-        at -= element_count(spec)
-        if at < 0:
-            return FsllmError("NOT_FINITE", f"tensor {spec.name!r} of the new version would hold NaN or Inf")
-    raise IndexError(start)
+        product = self._product[: len(total)]
+        total.fill(0)
+        for reader, share in zip(self._readers, self._shares, strict=True):
+            if self._stopped():
+                raise Stopped
+            np.multiply(reader.read(start, len(total)), share, out=product)
+            np.add(total, product, out=total)

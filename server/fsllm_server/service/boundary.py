@@ -98,9 +98,13 @@ class Boundary(grpc.aio.ServerInterceptor):
                 if not isinstance(result, AsyncGenerator):
                     return await result
                 # Written here, not yielded to gRPC, so that whatever ends the call ends it inside this boundary.
+                opened = False
                 async with aclosing(result) as responses:
                     async for response in responses:
+                        if not opened:
+                            opened = await _open(context)
                         await context.write(response)
+                        del response  # not kept while the next is waited for: a chunk is large, and callers are many
                 return None
 
         return call
@@ -133,6 +137,20 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _count(self, method: str, reason: str) -> None:
         self._metrics.calls.labels(method.rpartition("/")[2], reason).inc()
+
+
+async def _open(context: Context) -> bool:
+    """Send the response's headers, and hold back a cancellation meanwhile.
+
+    Cancelled halfway, gRPC forgets that they are sent, sends them again with the status, and loses both.
+    """
+    sending = asyncio.ensure_future(context.send_initial_metadata(()))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        await asyncio.gather(sending, return_exceptions=True)
+        raise
+    return True
 
 
 def _decoder(deserialize: Callable[[bytes], Any] | None, *, streams: bool) -> Callable[[Any], Any]:

@@ -114,7 +114,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     ) -> AsyncGenerator[bytes]:
         """Send a committed version."""
         number = request.version if request.HasField("version") else None
-        stored = self._engine.version(request.run_id, number)
+        stored = self._engine.version(request.run_id, number, request.part)
         return send_version(stored, request.offset)
 
     async def ListManifests(

@@ -4,11 +4,11 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 from fsllm.v1.federation_pb2 import DownloadRequest, DownloadResponse
 from fsllm_common.telemetry.metrics import ServerMetrics
-from fsllm_common.tensors.chunks import read_chunks
+from fsllm_common.tensors.chunks import CHUNK, read_chunks, refuse_offset
 from fsllm_common.tensors.parts import split_manifest
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.guard import this_call
@@ -25,18 +25,18 @@ async def send_version(stored: StoredVersion, offset: int = 0) -> AsyncGenerator
         FsllmError: OFFSET_OUT_OF_RANGE.
 
     """
-    # The first chunk is read before anything is sent, so that a wrong offset is told instead. Chunks come from the page
-    # cache in less time than a thread would take to wake up.
-    chunks = read_chunks(stored.payload, offset)
-    first = next(chunks, None)
+    # Before anything is sent, so that a wrong offset is told instead.
+    size = stored.payload.stat().st_size
+    refuse_offset(offset, size)
     manifest, parts = split_manifest(stored.manifest)
     yield DownloadResponse(manifest=manifest).SerializeToString()
     for part in parts:
         yield DownloadResponse(part=part).SerializeToString()
-    if first is not None:
-        yield first
-    for chunk in chunks:
-        yield chunk
+    # Chunks come from the page cache in less time than a thread would take to wake up. None has a name here: what waits
+    # for its next turn would keep it.
+    with closing(read_chunks(stored.payload, offset)) as chunks:
+        for _ in range(-(-(size - offset) // CHUNK)):
+            yield next(chunks)
 
 
 class Downloads:
@@ -70,6 +70,7 @@ class Downloads:
                         frame = await anext(frames, b"")
                         if size := len(frame):
                             yield frame
+                        del frame  # not kept while the others have their turns
                     # A frame is asked for when gRPC has taken the last one: a reader that stops is cut off.
                     pace.advanced(size)
                     self._metrics.sent_bytes.inc(size)

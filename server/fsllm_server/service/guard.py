@@ -32,8 +32,8 @@ _CONTROL: Final = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
 ROLES: Final[dict[str, frozenset[Role]]] = {
     f"/{_FEDERATION}/Attach": frozenset({Role.SITE, Role.EVALUATOR}),
     f"/{_FEDERATION}/Download": frozenset({Role.SITE, Role.EVALUATOR}),
-    f"/{_FEDERATION}/Upload": frozenset({Role.SITE}),
-    f"/{_FEDERATION}/UploadStatus": frozenset({Role.SITE}),
+    f"/{_FEDERATION}/Upload": frozenset({Role.SITE, Role.EVALUATOR}),
+    f"/{_FEDERATION}/UploadStatus": frozenset({Role.SITE, Role.EVALUATOR}),
     f"/{_FEDERATION}/Renew": _EVERYONE,
     **{f"/{_CONTROL.full_name}/{method.name}": frozenset({Role.OPERATOR}) for method in _CONTROL.methods},
     "/grpc.health.v1.Health/Check": _EVERYONE,

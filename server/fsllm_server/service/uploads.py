@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
+from weakref import WeakValueDictionary
 
 from fsllm.v1.federation_pb2 import Queued, Ready, Receipt, UploadBegin, UploadResponse
 from fsllm.v1.tensors_pb2 import ManifestPart
@@ -29,7 +30,7 @@ INTERRUPTED: Final = frozenset({"NOT_WANTED", "OFFSET_OUT_OF_RANGE", "SITE_IDLE"
 
 
 class Uploads:
-    """Takes uploads in: one slot each, at most one stream a site."""
+    """Takes uploads in: one slot each, at most one stream for what a site sends in a run."""
 
     def __init__(
         self, engine: Engine, spools: Spools, slots: int, pace: PaceLimits, quota: DiskQuota, metrics: ServerMetrics
@@ -40,7 +41,11 @@ class Uploads:
         self._pace = pace
         self._quota = quota
         self._metrics = metrics
-        self._streams: dict[str, Call] = {}
+        self._streams: dict[tuple[str, str], Call] = {}
+        """By member and run: the stream that a later one takes over from, until all its bytes are here."""
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        """By member and run: held by the one stream that has a file open, until what it sent is recorded or refused."""
+        self._concluding: set[asyncio.Task[Receipt]] = set()
 
     async def take(self, member: str, requests: AsyncIterator[bytes]) -> AsyncGenerator[UploadResponse]:
         """Serve one Upload call.
@@ -49,13 +54,13 @@ class Uploads:
             FsllmError: As the contract lists them.
 
         """
-        call = this_call()
-        if (before := self._streams.get(member)) is not None:
+        begin = await self._begin(requests)
+        bind(run=begin.run_id, round=begin.round)
+        call, own = this_call(), (member, begin.run_id)
+        if (before := self._streams.get(own)) is not None:
             before.end(FsllmError("NOT_WANTED", "Another stream of this site has taken the upload over"))
-        self._streams[member] = call
+        self._streams[own] = call
         try:
-            begin = await self._begin(requests)
-            bind(run=begin.run_id, round=begin.round)
             expected = self._expect(member, begin)
             if isinstance(expected, Receipt):
                 yield UploadResponse(receipt=expected)
@@ -68,25 +73,58 @@ class Uploads:
                     yield UploadResponse(queued=Queued(place=place))
                 self._metrics.upload_wait_seconds.observe(time.monotonic() - announced)
                 await self._complete(begin, requests)
-                # While it stood in the queue, the round may have closed, or another stream may have delivered.
-                expected = self._expect(member, begin)
-                if isinstance(expected, Receipt):
-                    yield UploadResponse(receipt=expected)
-                    return
-                held = self._spools.offset(expected.run_id, expected.round, member, expected.manifest.digest)
-                self._quota.demand(member, expected.manifest.payload_bytes - held)
-                admitted = time.monotonic()
-                with closing(self._spools.open(expected.run_id, expected.round, member, expected.manifest)) as spool:
+                async with AsyncExitStack() as held:
+                    turn = self._turns.setdefault(own, asyncio.Lock())
+                    await turn.acquire()
+                    held.callback(turn.release)
+                    # Meanwhile the round may have closed, or another stream may have delivered.
+                    expected = self._expect(member, begin)
+                    if isinstance(expected, Receipt):
+                        yield UploadResponse(receipt=expected)
+                        return
+                    there = self._spools.offset(expected.run_id, expected.round, member, expected.manifest.digest)
+                    self._quota.demand(member, expected.manifest.payload_bytes - there)
+                    admitted = time.monotonic()
+                    spool = self._spools.open(expected.run_id, expected.round, member, expected.manifest)
+                    held.callback(spool.close)
                     log.info("receiving", digest=spool.path.name[:12], at_byte=spool.offset, of=spool.size)
                     yield UploadResponse(ready=Ready(offset=spool.offset))
-                    receipt = await self._receive(expected, spool, requests)
+                    async with self._rejecting(expected):
+                        await self._write(expected, spool, requests)
+                    # A stream that comes from now on hears what has become of it.
+                    self._forget(own, call)
+                    # What is here is judged to the end, whether its sender waits for that or not: were this cut off,
+                    # the next stream would open the file while threads still sync and read it.
+                    receipt = await asyncio.shield(self._concluded(expected, spool, held.pop_all()))
                 self._metrics.upload_seconds.observe(time.monotonic() - admitted)
                 self._metrics.upload_bytes.observe(receipt.payload_bytes)
             reach("receipt.send")
             yield UploadResponse(receipt=receipt)
         finally:
-            if self._streams.get(member) is call:
-                del self._streams[member]
+            self._forget(own, call)
+
+    def _concluded(self, expected: Expected, spool: Spool, held: AsyncExitStack) -> asyncio.Task[Receipt]:
+        """Verify and record an upload, and let go of what is held for it, in a task of its own."""
+
+        async def conclude() -> Receipt:
+            async with held:
+                async with self._rejecting(expected):
+                    verified = await spool.verify(expected.manifest, max_norm=expected.max_norm)
+                return await self._engine.record_upload(expected, verified)
+
+        task = asyncio.create_task(conclude())
+        self._concluding.add(task)
+        task.add_done_callback(self._conclusion_is_known)
+        return task
+
+    def _conclusion_is_known(self, task: asyncio.Task[Receipt]) -> None:
+        self._concluding.discard(task)
+        if not task.cancelled():
+            task.exception()  # a sender that is still there is told; for one that is not, there is nobody to tell
+
+    def _forget(self, own: tuple[str, str], call: Call) -> None:
+        if self._streams.get(own) is call:
+            del self._streams[own]
 
     async def _begin(self, requests: AsyncIterator[bytes]) -> UploadBegin:
         async with self._deadline():
@@ -116,23 +154,23 @@ class Uploads:
             self._metrics.updates_rejected.labels(error.reason).inc()
             raise
 
-    async def _receive(self, expected: Expected, spool: Spool, requests: AsyncIterator[bytes]) -> Receipt:
-        """Write the chunks, verify the whole, and record it.
-
-        Raises:
-            FsllmError: CHUNK_CORRUPT, OFFSET_OUT_OF_RANGE, SITE_IDLE, DISK_FULL, DIGEST_MISMATCH, NOT_FINITE, ...
-
-        """
+    @asynccontextmanager
+    async def _rejecting(self, expected: Expected) -> AsyncGenerator[None]:
+        """Tell those who watch of a refusal that says something against the update."""
         try:
-            await self._write(expected, spool, requests)
-            verified = await spool.verify(expected.manifest, max_norm=expected.max_norm)
+            yield
         except FsllmError as error:
             if error.reason not in INTERRUPTED:
                 await self._engine.reject_upload(expected, error)
             raise
-        return await self._engine.record_upload(expected, verified)
 
     async def _write(self, expected: Expected, spool: Spool, requests: AsyncIterator[bytes]) -> None:
+        """Write the chunks.
+
+        Raises:
+            FsllmError: CHUNK_CORRUPT, OFFSET_OUT_OF_RANGE, SITE_IDLE, DISK_FULL, MANIFEST_INVALID, ...
+
+        """
         with Pace(self._pace, this_call()) as pace:
             while (wire := await anext(requests, None)) is not None:
                 piece = parse_upload(wire)

@@ -54,7 +54,7 @@ class Spool:
         """Open or make the file; use ``Spools.open``."""
         self.path = folder / manifest.digest.hex()
         self.size: int = manifest.payload_bytes
-        self._superseded = False
+        self._over = ""
         with disk_errors(folder):
             make_folder(folder)
             for other in folder.iterdir():
@@ -79,7 +79,7 @@ class Spool:
 
         Raises:
             FsllmError: OFFSET_OUT_OF_RANGE when they do not begin at ``offset`` or pass the end, NOT_WANTED when
-                another stream of the same member has taken over, DISK_FULL.
+                another stream of the same member has taken over or the upload was dropped, DISK_FULL.
 
         """
         self._demand_current()
@@ -105,12 +105,21 @@ class Spool:
         Raises:
             UpdateRejected: DIGEST_MISMATCH, NOT_FINITE, NORM_TOO_LARGE; the spool is dropped then.
             FsllmError: OFFSET_OUT_OF_RANGE when bytes are missing, NOT_WANTED when another stream has
-                taken over, DISK_FULL.
+                taken over or the upload was dropped, DISK_FULL.
 
         """
         self._demand_current()
         if self.offset != self.size:
             raise FsllmError("OFFSET_OUT_OF_RANGE", f"The upload ends after {self.offset} of {self.size} bytes")
+        try:
+            return await self._verified(manifest, max_norm)
+        except FileNotFoundError:
+            self._demand_current()  # it was dropped with its folder meanwhile
+            raise
+        finally:
+            self.close()
+
+    async def _verified(self, manifest: Manifest, max_norm: float | None) -> VerifiedSpool:
         # The disk works while the processor checks.
         sync = asyncio.create_task(asyncio.to_thread(self._sync, manifest))
         try:
@@ -120,7 +129,6 @@ class Spool:
             raise
         finally:
             await sync
-            self.close()
         return VerifiedSpool(manifest, self.path, norm)
 
     def close(self) -> None:
@@ -129,13 +137,13 @@ class Spool:
             os.close(self._file)
             self._file = -1
 
-    def supersede(self) -> None:
-        """Stop taking bytes: another stream of the same member continues this upload."""
-        self._superseded = True
+    def abandon(self, why: str) -> None:
+        """Take no more bytes, and tell whoever sends them why."""
+        self._over = why
 
     def _demand_current(self) -> None:
-        if self._superseded:
-            raise FsllmError("NOT_WANTED", "Another stream of this site has taken this upload over")
+        if self._over:
+            raise FsllmError("NOT_WANTED", self._over)
 
     def _checked(self, manifest: Manifest, max_norm: float | None) -> float:
         """Return the norm of a payload that passes; raise UpdateRejected for one that does not."""
@@ -185,7 +193,7 @@ class Spools:
         """
         folder = self._folder(run, round, member)
         if (open_already := self._open.get(folder)) is not None:
-            open_already.supersede()
+            open_already.abandon("Another stream of this site has taken this upload over")
         try:
             spool = self._open[folder] = Spool(folder, manifest)
         except FsllmError as error:
@@ -193,6 +201,10 @@ class Spools:
                 self.on_full()
             raise
         return spool
+
+    def runs(self) -> list[str]:
+        """Return the runs that uploads are held of, sorted."""
+        return sorted(path.name for path in _folders(self.folder))
 
     def offset(self, run: str, round: int, member: str, digest: bytes) -> int:  # noqa: A002
         """Return how many bytes of this upload are held."""
@@ -267,7 +279,7 @@ class Spools:
     def _drop(self, folder: Path) -> Path:
         """Make a folder disappear at once, and return where it waits for its removal."""
         for member in [path for path in self._open if path.is_relative_to(folder)]:
-            self._open.pop(member).supersede()
+            self._open.pop(member).abandon("The run has gone on, or ended, without this upload")
         dropped = self.folder / f"{_DROPPED}{secrets.token_hex(8)}"
         reach("spool.drop")
         folder.rename(dropped)

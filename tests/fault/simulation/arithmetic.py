@@ -50,8 +50,8 @@ def from_the_wire(payload: bytes, element_type: str) -> Array:
     return np.frombuffer(payload, DTYPES[element_type]).astype(np.float32)
 
 
-def shares(plan: Plan, counts: Sequence[tuple[int, int]]) -> list[float]:
-    """Return the shares of updates of so many (examples, tokens)."""
+def shares(plan: Plan, counts: Sequence[tuple[int, int]], behind: Sequence[int]) -> list[float]:
+    """Return the shares of updates of so many (examples, tokens), so many rounds behind."""
     cap = plan.algorithm.weight_cap
     weigh = {
         "examples": lambda examples, tokens: examples,
@@ -60,7 +60,7 @@ def shares(plan: Plan, counts: Sequence[tuple[int, int]]) -> list[float]:
         "capped": lambda examples, tokens: min(examples, cap),
     }[plan.algorithm.weighting]
     weights = [max(1, weigh(*count)) for count in counts]
-    return [weight / sum(weights) for weight in weights]
+    return [weight / sum(weights) * (1 + rounds) ** -0.5 for weight, rounds in zip(weights, behind, strict=True)]
 
 
 def next_version(plan: Plan, base: Array, updates: Sequence[tuple[float, Array]]) -> Array:

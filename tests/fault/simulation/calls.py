@@ -203,6 +203,11 @@ class ServicerContext:
         self._served = served
         self._serialize = serialize or (lambda message: message)
 
+    async def send_initial_metadata(self, metadata: tuple[()]) -> None:
+        """Here headers travel with the first message."""
+        if self._served.is_lost:
+            raise grpc.aio.InternalError("the peer has left")  # type: ignore[attr-defined]
+
     async def write(self, message: Any) -> None:  # noqa: ANN401
         if self._served.is_lost:
             raise grpc.aio.InternalError("the peer has left")  # type: ignore[attr-defined]

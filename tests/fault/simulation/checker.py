@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsllm_client.site.outbox import Outbox
 from fsllm_common.errors import REASONS, FsllmError
 from fsllm_common.tensors.manifest import payload_digest
 from fsllm_server.engine import core
-from fsllm_server.engine.events import MemberForgotten, Reduced, UpdateRecorded, load
+from fsllm_server.engine.events import MemberForgotten, UpdateRecorded, load
 from fsllm_server.engine.state import Run
 from fsllm_server.store.blobs import Blobs
 from fsllm_server.store.spools import Spools
@@ -132,7 +133,7 @@ class Checker:
         """Yield the recorded uploads of the round in progress that are not there, byte for byte."""
         spools = Spools(folder / "spools")
         for (round_, member), entries in self.recorded(state.id).items():
-            if round_ != state.round or member not in state.members:
+            if (round_, member) not in {(u.round, m) for m, u in (*state.updates.items(), *state.early.items())}:
                 continue
             for _, digest in entries:
                 try:
@@ -182,19 +183,22 @@ class Checker:
         plan = self.world.script.plan
         kind = plan.wire.element_type
         master: arithmetic.Array | None = None
+        acknowledged = self._acknowledged()
         for round_, commit in sorted(self.commits().items()):
             shares = commit.facts["shares"]
-            if sorted(member for member, *_ in shares) != (wanted := self._acknowledged(round_)):
-                yield f"commit {round_} counts {[s[0] for s in shares]}; acknowledged were {wanted}"
+            wanted = acknowledged.get(round_, {})
+            if sorted(member for member, *_ in shares) != sorted(wanted):
+                yield f"commit {round_} counts {[s[0] for s in shares]}; acknowledged were {sorted(wanted)}"
                 return
-            deltas = [self._sent(member, digest, round_) for member, digest, *_ in shares]
+            deltas = [self._sent(member, digest, wanted[member]) for member, digest, *_ in shares]
             if any(delta is None for delta in deltas):
                 yield f"commit {round_} counts a payload that nobody has trained"
                 return
             if round_ == 0:
                 master = deltas[0]
             elif master is not None:
-                right = arithmetic.shares(plan, [self._counts(member) for member, *_ in shares])
+                behind = [round_ - wanted[member] for member, *_ in shares]
+                right = arithmetic.shares(plan, [self._counts(member) for member, *_ in shares], behind)
                 if [weight for _, _, weight, *_ in shares] != right:
                     yield f"commit {round_} has the shares {[s[2] for s in shares]} instead of {right}"
                 master = arithmetic.next_version(plan, master, list(zip(right, deltas, strict=True)))  # type: ignore[arg-type]
@@ -208,21 +212,26 @@ class Checker:
                 yield f"version {round_} is not the weighted sum of its updates"
                 return
 
-    def _acknowledged(self, round_: int) -> list[str]:
-        """Return whose updates were recorded before the round's reduction began, without those revoked by then."""
-        there: set[str] = set()
+    def _acknowledged(self) -> dict[int, dict[str, int]]:
+        """Return whose updates each round had to count, and of which round they were.
+
+        Those that were recorded before its reduction began, and after the one before, of members not revoked by then.
+        Without a buffer they are of the round itself.
+        """
+        counted: dict[int, dict[str, int]] = {}
+        waiting: dict[str, int] = {}
         state: Run | None = None
-        for entry in self.world.records.logs[self.run]:
+        for entry in self.world.records.logs.get(self.run, ()):
             event = load(entry.body)
-            reducing = state is not None and state.round == round_ and state.phase == "reduce"
-            if isinstance(event, UpdateRecorded) and event.round == round_:
-                there.add(event.member)
-            elif isinstance(event, MemberForgotten) and not reducing:
-                there.discard(event.member)
-            elif isinstance(event, Reduced) and reducing:
-                break
+            before = state
             state, _ = core.decide(state, event)
-        return sorted(there)
+            if isinstance(event, UpdateRecorded):
+                waiting[event.member] = event.round
+            elif isinstance(event, MemberForgotten):
+                waiting.pop(event.member, None)
+            if state.phase == "reduce" and (before is None or (before.phase, before.round) != ("reduce", state.round)):
+                counted[state.round], waiting = waiting, {}
+        return counted
 
     def _sent(self, member: str, digest: str, round_: int) -> arithmetic.Array | None:
         """Return the values of an update as they crossed the wire, if they are what the member has made."""
@@ -287,6 +296,7 @@ class Checker:
     def goes_on(self) -> Iterable[str]:
         for _ in self.world.history.of("stuck"):
             yield "the run does not end, long after the last fault"
+        yield from self._states()
         announced: set[tuple[str, str, int]] = set()
         for event in self.events:
             key = event.who, event.facts.get("run", ""), event.facts.get("round", -1)
@@ -302,6 +312,15 @@ class Checker:
                     yield f"{facts['member']} must go on at {facts['offset']}, though {facts['held']} bytes are held"
                 case _:
                     pass
+
+    def _states(self) -> Iterable[str]:
+        """What a site keeps is of the last update of its own that counts."""
+        recorded = self.recorded(self.run)
+        for event in self.world.history.of("training"):
+            round_, state = event.facts["round"], event.facts["state"]
+            counted = [number for number, member in recorded if member == event.who and 0 < number < round_]
+            if state != max(counted, default=None):
+                yield f"{event.who} begins round {round_} with its state of round {state}; counted are {counted}"
 
     def _is_true(self, facts: dict[str, Any]) -> bool:
         """A lie that was found out goes, though a crash may keep its teller from hearing why."""
@@ -338,7 +357,7 @@ class Checker:
                 else:
                     forgotten.add(body["member"])
 
-    # 8. What the server holds is bounded.
+    # 8. What is held is bounded.
 
     def bounded(self) -> Iterable[str]:
         slots = self.world.script.server["uploads_at_once"]
@@ -351,6 +370,16 @@ class Checker:
             yield f"the server has {tasks} tasks for {members} members"
         if (files := self.world.bounds["files"]) > slots + members:
             yield f"{files} spools are open at once, with {slots} slots"
+        yield from self._left()
+
+    def _left(self) -> Iterable[str]:
+        """What sites keep of a run that has ended, where nothing was in the way since."""
+        told = [event.what for event in self.world.history.of("quiet", "end")]
+        for nature in self.world.script.natures if told == ["quiet", "end"] else ():
+            process, record = self.world.processes.get(nature.name), self.world.records.members[nature.name]
+            if process is not None and process.alive and record.standing != "revoked":
+                for parcel in Outbox(process.folder / "outbox").all():
+                    yield f"{nature.name} keeps what it made in round {parcel.begin.round} of a run that has ended"
 
     # 9. Bad input is refused by name.
 

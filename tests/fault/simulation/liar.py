@@ -149,7 +149,17 @@ class Liar:
         # Lies in the chunks are told under the digest of the honest update: that is not recorded by them either.
         own = changed.begin.manifest.digest != honest.begin.manifest.digest
         digest = changed.begin.manifest.digest.hex() if own else None
-        return await self._try(name, self._deliver(changed), expected, digest)
+        got = await self._outcome(self._deliver(changed))
+        if self._is_recorded(honest):
+            # By a second order that was worked on beside the first, or by a stream that broke off when all was there.
+            # Whoever names its digest gets its receipt, whatever else they say.
+            expected |= {"UPDATE_CONFLICT"} if own else {"UPDATE_CONFLICT", "OK"}
+        return self._note(name, got, expected, digest)
+
+    def _is_recorded(self, update: Update) -> bool:
+        digest = update.begin.manifest.digest.hex()
+        log = self._world.records.logs[update.begin.run_id]
+        return any(entry.kind == "update" and f'"{digest}"' in entry.body for entry in log)
 
     async def _other_calls(self, order: Order) -> None:
         fetch = DownloadRequest(run_id=order.run_id, digest=bytes(32))
@@ -193,8 +203,10 @@ class Liar:
         finally:
             call.cancel()
 
-    async def _try(self, name: str, trying: Any, expected: Any, digest: str | None = None) -> str:  # noqa: ANN401
-        got = await self._outcome(trying)
+    async def _try(self, name: str, trying: Any, expected: Any) -> str:  # noqa: ANN401
+        return self._note(name, await self._outcome(trying), expected)
+
+    def _note(self, name: str, got: str, expected: Any, digest: str | None = None) -> str:  # noqa: ANN401
         self._world.history.note("lie", name=name, got=got, expected=frozenset(expected) | CIRCUMSTANCES, digest=digest)
         self._world.history.counts[f"lie: {name}: {got}"] += 1
         return got

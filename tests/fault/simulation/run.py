@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from simulation import checker
+from simulation.script import Rough
 from simulation.seams import silenced, virtual
 from simulation.world import World
 
@@ -30,6 +32,8 @@ class Outcome:
     digest: str
     counts: Counter[str] = field(default_factory=Counter)
     history: list[str] = field(default_factory=list)
+    logs: list[list[str]] = field(default_factory=list)
+    """The runs' events, as they are recorded."""
 
 
 @cache
@@ -38,17 +42,17 @@ def _warm_up() -> None:
     _play(0, verbose=False)
 
 
-def play(seed: int, *, verbose: bool = False) -> Outcome:
+def play(seed: int, *, verbose: bool = False, rough: Rough = "") -> Outcome:
     """Play one seed and check it."""
     _warm_up()
-    return _play(seed, verbose=verbose)
+    return _play(seed, verbose=verbose, rough=rough)
 
 
-def _play(seed: int, *, verbose: bool) -> Outcome:
+def _play(seed: int, *, verbose: bool, rough: Rough = "") -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="fsllm-simulation-", dir="/dev/shm"))
     hook = sys.unraisablehook
     try:
-        world = World(seed, folder, verbose=verbose)
+        world = World(seed, folder, verbose=verbose, rough=rough)
         with virtual(world):
             found = checker.Checker(world)
             world.play()
@@ -56,6 +60,7 @@ def _play(seed: int, *, verbose: bool) -> Outcome:
         outcome = Outcome(seed, violations, world.history.digest(), world.history.counts)
         if verbose or violations:
             outcome.history = list(map(str, world.history.events))
+            outcome.logs = [[entry.body for entry in log] for log in world.records.logs.values()]
         # What never ended is thrown away: its 'finally' is of no more interest than a dead process's.
         sys.unraisablehook = lambda _: None
         with silenced(), warnings.catch_warnings(action="ignore"):
@@ -68,15 +73,16 @@ def _play(seed: int, *, verbose: bool) -> Outcome:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def play_all(seeds: list[int], processes: int) -> Iterator[Outcome]:
+def play_all(seeds: list[int], processes: int, rough: Rough = "") -> Iterator[Outcome]:
     """Play many, on several cores."""
+    one = partial(play, rough=rough)
     gc.collect()
     gc.freeze()
     if processes == 1:
-        yield from map(play, seeds)
+        yield from map(one, seeds)
         return
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(play, seeds, chunksize=8)
+        yield from pool.map(one, seeds, chunksize=8)
 
 
 def main() -> int:
@@ -84,19 +90,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2000, help="how many to play")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="play only this one")
+    parser.add_argument("--rough", choices=get_args(Rough), default="", help="of what there is more")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="print the history, with what the code logs")
     parser.add_argument("--histories", action="store_true", help="print the hash of every seed's history")
     options = parser.parse_args()
     write = sys.stdout.write
     if options.seed is not None:
-        outcome = play(options.seed, verbose=options.verbose)
+        outcome = play(options.seed, verbose=options.verbose, rough=options.rough)
         write("".join(f"{line}\n" for line in outcome.history if options.verbose))
         write("".join(f"seed {outcome.seed}: {violation}\n" for violation in outcome.violations))
         write(f"seed {outcome.seed}: history {outcome.digest}, {len(outcome.violations)} violations\n")
         return 1 if outcome.violations else 0
     began, broken, counts = time.perf_counter(), 0, Counter[str]()
-    for outcome in play_all(list(range(options.first, options.first + options.seeds)), options.processes):
+    for outcome in play_all(
+        list(range(options.first, options.first + options.seeds)), options.processes, options.rough
+    ):
         counts += outcome.counts
         if options.histories:
             write(f"seed {outcome.seed}: history {outcome.digest}\n")

@@ -52,6 +52,9 @@ SITE_POINTS = (
 DISK_POINTS = ("spool.sync", "file.sync", "file.rename", "blob.sync", "blob.rename", "ledger.sync")
 """Where a full disk may show itself: just before something is written for good."""
 
+ROUGH = 4
+"""Power losses more, where it is rough."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -88,7 +91,11 @@ class Script:
     liar: bool = False
 
 
-def write(chance: random.Random) -> Script:
+Rough = Literal["server", "sites", "liar", ""]
+"""What there is more of than in other seeds: power losses of the server, of the sites, or a liar for certain."""
+
+
+def write(chance: random.Random, rough: Rough = "") -> Script:
     """Make a script."""
     sites = chance.randint(1, 4)
     natures = [_nature(chance, f"site-{letter}") for letter in "abcd"[:sites]]
@@ -101,12 +108,17 @@ def write(chance: random.Random) -> Script:
         "uploads_at_once": chance.randint(1, 3),
         "upload_stall_seconds": chance.choice([5.0, 60.0]),
     }
-    script = Script(plan, natures, server, quiet_at, liar=chance.random() < 0.35)
+    script = Script(plan, natures, server, quiet_at, liar=chance.random() < 0.35 or rough == "liar")
     names = [nature.name for nature in natures] + (["mallory"] if script.liar else [])
     # A third of the seeds have a calm time: what happens without faults must be seen too.
     if chance.random() < 0.9:
         _disturb(script, chance, names)
     _operate(script, chance, names[:spare] if spare else [])
+    if rough in ("server", "sites"):
+        for _ in range(ROUGH):
+            whom = chance.choice(names) if rough == "sites" else "server"
+            point = chance.choice(SITE_POINTS if rough == "sites" else SERVER_POINTS)
+            script.arms.append(Arm(whom, point, 1 + int(chance.expovariate(1 / 4)), "power"))
     return script
 
 
@@ -126,13 +138,19 @@ def _plan(chance: random.Random, sites: int, quorum: int) -> Plan:
     clipped = chance.random() < 0.2
     noised = clipped and chance.random() < 0.5
     proximal = chance.random() < 0.3
+    seed = chance.randrange(1000)
+    # Drawn from the seed alone, so that the rest of every script stays what it was.
+    other = random.Random(seed)  # noqa: S311
+    buffer = None
+    if not sampled and other.random() < 0.25:
+        buffer = {"size": other.randint(quorum, sites), "max_staleness": other.choice([0, 1, 3])}
     pipeline: list[dict[str, Any]] = [{"stage": "clip", "norm": 0.5}] if clipped else []
     if noised:
         pipeline.append({"stage": "noise", "multiplier": 1.0})
     return Plan.model_validate(
         {
             "name": "simulated",
-            "seed": chance.randrange(1000),
+            "seed": seed,
             "rounds": chance.randint(1, 5),
             "model": {"name": "m"},
             "algorithm": {
@@ -146,6 +164,7 @@ def _plan(chance: random.Random, sites: int, quorum: int) -> Plan:
                 "quorum": quorum,
                 "size": quorum if sampled else None,
                 "over_selection": chance.choice([1.0, 1.5, 2.0]) if sampled else 1.0,
+                "buffer": buffer,
             },
             "timing": {
                 "recruit_seconds": chance.choice([None, 30.0]),

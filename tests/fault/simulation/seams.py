@@ -21,15 +21,17 @@ from fsllm_client import daemon
 from fsllm_client.link import attach, backoff, upload
 from fsllm_client.reporting import Reporter
 from fsllm_client.site.machine import Machine
+from fsllm_client.trainer import kept
 from fsllm_common import failpoints
 from fsllm_common.errors import Unavailable
+from fsllm_common.files import write_atomic
 from fsllm_common.identity import credentials
 from fsllm_common.identity.keys import Certificate
 from fsllm_common.plan import plan_from_json
 from fsllm_common.telemetry.metrics import ClientMetrics, ServerMetrics
 from fsllm_common.tensors import arrays, chunks
 from fsllm_server.engine import runner
-from fsllm_server.reduce import blocks
+from fsllm_server.reduce import blocks, fold
 from fsllm_server.reduce import sum as sum_reducer
 from fsllm_server.service import guard, rates, uploads
 from simulation.loop import CURRENT
@@ -68,7 +70,7 @@ def virtual(world: "World") -> Iterator[None]:
         replace(backoff, "random", SimpleNamespace(Random=lambda: random.Random(chance.random())))
         for module in (chunks, uploads, upload):
             replace(module, "CHUNK", CHUNK)
-        for module in (arrays, blocks, sum_reducer):
+        for module in (arrays, blocks, fold, sum_reducer):
             replace(module, "BLOCK", BLOCK)
         # A run's task begins in an empty context; here the context is who runs.
         replace(runner, "Context", copy_context)
@@ -80,6 +82,8 @@ def virtual(world: "World") -> Iterator[None]:
         replace(daemon, "keep_renewed", _never)
         replace(daemon, "ClientMetrics", lambda: CLIENT_METRICS)
         stack.enter_context(mock.patch.object(Machine, "look", return_value=_MACHINE))
+        # The trainer pretends, and so does what it keeps: nothing here has torch.
+        replace(kept, "write_tensors", lambda path, tensors: write_atomic(path, repr(tensors).encode()))
         # Pure, and done thousands of times.
         replace(daemon, "plan_from_json", _plan)
         replace(credentials, "Certificate", SimpleNamespace(parse=_certificate))

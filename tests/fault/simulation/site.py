@@ -14,6 +14,7 @@ from fsllm.v1.federation_pb2 import Order
 from fsllm_client.daemon import Daemon
 from fsllm_client.reporting import Silent
 from fsllm_client.settings import ClientSettings
+from fsllm_client.trainer.kept import PRIVATE, Kept
 from fsllm_client.trainer.orders import Account, Advanced, Build, Evaluate, Finished, Prepare, Train
 from fsllm_common.accounting.budget import epsilon_of
 from fsllm_common.errors import FsllmError, TrainingFailed
@@ -87,11 +88,16 @@ class Trainer:
         nature, world = self._nature, self._world
         assert self._prepared is not None
         run = self._prepared.run_id
-        world.history.note("training", run=run, round=order.round, base=order.base.stem.rpartition("-")[2])
+        assert order.resume is not None
+        kept = Kept(order.resume, PRIVATE)
+        before, base = kept.origin(order.round), order.base.stem.rpartition("-")[2]
+        world.history.note("training", run=run, round=order.round, base=base, state=before)
         await self._work("training", nature.steps, advanced)
         if world.chance.random() < nature.fails:
             raise TrainingFailed("OUT_OF_MEMORY", "the trainer pretends to be out of memory")
         delta = world.trained(nature, run, order.round)
+        # As of a method whose state is right only beside an update that counts.
+        kept.save(order.round, cast("Any", {"round": order.round}), acknowledged=False)
         save_arrays(delta, order.delta)
         counts = {"examples": nature.examples, "tokens": 7 * nature.examples, "steps": nature.steps}
         return Finished(counts=counts, metrics={"train_loss": 1.5, "tokens_per_second": 9.0})

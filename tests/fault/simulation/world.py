@@ -29,7 +29,7 @@ Main = Callable[["World"], Coroutine[Any, Any, None]]
 class World:
     """Everything there is. Make it, ``play`` it once, and let the checker look at it."""
 
-    def __init__(self, seed: int, folder: Path, *, verbose: bool = False) -> None:
+    def __init__(self, seed: int, folder: Path, *, verbose: bool = False, rough: script.Rough = "") -> None:
         self.seed = seed
         self.verbose = verbose
         self.chance = random.Random(seed)  # noqa: S311 - it is to be repeatable
@@ -40,7 +40,7 @@ class World:
         self.synced = Synced()
         self.records = Records()
         self.network = Network(self.loop, random.Random(self.chance.random()), self.history)  # noqa: S311
-        self.script = script.write(random.Random(self.chance.random()))  # noqa: S311
+        self.script = script.write(random.Random(self.chance.random()), rough)  # noqa: S311
         self.files = folder / "files"
         self.disks = folder / "disks"
         self.engine: Any = None

@@ -38,9 +38,11 @@ class Commit(Phase):
         turn.update(
             commits=(*run.commits, commit),
             candidate=None,
-            updates={},
+            updates=run.early,
+            early={},
             weights={},
             evaluations={},
+            awaited=frozenset(),
             cohort=(),
             failures=0,
             phase_seconds={},

@@ -6,12 +6,9 @@ from typing import ClassVar
 
 from fsllm_server.engine.events import UpdateRecorded
 from fsllm_server.engine.phases.evaluate import evaluation_due
-from fsllm_server.engine.phases.phase import Phase, complaints, missing, names
+from fsllm_server.engine.phases.phase import GATHER, RECRUIT, Phase, complaints, missing, names
 from fsllm_server.engine.state import Kind, Order, Run, Standing, Update
 from fsllm_server.engine.turn import Turn
-
-GATHER = "gather"
-RECRUIT = "recruit"
 
 
 class Init(Phase):
@@ -65,7 +62,7 @@ class Init(Phase):
     def updated(self, turn: Turn, order: Order, event: UpdateRecorded) -> None:
         """Take the builder's tensors as version 0."""
         if order.kind is Kind.BUILD:
-            turn.update(updates={event.member: update_of(event)}, adapter_config=event.adapter_config)
+            turn.update(updates={event.member: update_of(turn.run, event)}, adapter_config=event.adapter_config)
             turn.update_member(event.member, standing=Standing.READY, message="")
 
     def describe(self, run: Run) -> str:
@@ -77,8 +74,9 @@ class Init(Phase):
         return f"{missing(run, len(run.sites(Standing.JOINED)))} to join"
 
 
-def update_of(event: UpdateRecorded) -> Update:
+def update_of(run: Run, event: UpdateRecorded) -> Update:
     """Return what the state keeps of a recorded update."""
+    member = run.members.get(event.member)
     return Update(
         event.member,
         event.round,
@@ -89,6 +87,8 @@ def update_of(event: UpdateRecorded) -> Update:
         event.steps,
         event.metrics,
         event.element_type,
+        trusted=member is not None and not member.is_site,
+        model_digest=event.model_digest,
     )
 
 

@@ -9,6 +9,11 @@ from fsllm_server.engine.events import Reduced, ReduceFailed, UpdateRecorded
 from fsllm_server.engine.state import Order, Run
 from fsllm_server.engine.turn import Turn
 
+GATHER: Final = "gather"
+"""The timer of the moment that is given to members who are not here yet, or not here again."""
+RECRUIT: Final = "recruit"
+"""The timer of the wait for a quorum."""
+
 _COMPLAINTS: Final = 3
 """So many sites are quoted when an attempt fails."""
 

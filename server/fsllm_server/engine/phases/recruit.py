@@ -6,8 +6,8 @@ import hashlib
 import math
 from typing import ClassVar
 
-from fsllm_server.engine.phases.init import GATHER, RECRUIT
-from fsllm_server.engine.phases.phase import Phase, missing
+from fsllm_server.engine.phases.phase import GATHER, RECRUIT, Phase, missing, names
+from fsllm_server.engine.rules import ABSENT_ARE_AWAITED
 from fsllm_server.engine.state import Run, Standing
 from fsllm_server.engine.turn import Turn
 
@@ -23,6 +23,8 @@ class Recruit(Phase):
         turn.nudge_all()
         if (seconds := turn.run.plan.timing.recruit_seconds) is not None:
             turn.set_timer(RECRUIT, seconds)
+        if turn.run.rules >= ABSENT_ARE_AWAITED and away(turn.run):
+            self.restart(turn)
 
     def restart(self, turn: Turn) -> None:
         """Give the sites a moment to attach again: the first two back are not the whole federation."""
@@ -31,6 +33,11 @@ class Recruit(Phase):
     def advance(self, turn: Turn) -> str | None:
         """Draw the cohort once a quorum is there."""
         run = turn.run
+        if run.needs_trusted and not run.trusted():
+            overdue = RECRUIT in run.overdue
+            return turn.fail("no evaluator is there to compare the sites' updates with") if overdue else None
+        if run.completed(run.round):
+            return self._same_again(turn)
         ready = [site for site in run.sites(Standing.READY) if site not in run.updates]
         if len(ready) + len(run.updates) < run.plan.cohort.quorum:
             if RECRUIT in run.overdue:
@@ -38,16 +45,52 @@ class Recruit(Phase):
                     f"{missing(run, len(ready) + len(run.updates))} after {run.plan.timing.recruit_seconds:g} s"
                 )
             return None
-        away = set(run.sites(Standing.READY, attached=False)) - set(ready) - set(run.updates)
-        if away and GATHER in run.timers:
+        if away(run) and GATHER in run.timers:
             return None
         turn.update(cohort=tuple(sorted([*run.updates, *draw(run, ready)])))
         return "collect"
 
+    @staticmethod
+    def _same_again(turn: Turn) -> str | None:
+        """Ask those whose updates this round completes, once all of them are here: the others have nothing to say."""
+        run = turn.run
+        asked = sorted(run.completed(run.round).keys() & run.members.keys())
+        if not asked:
+            return turn.fail(f"nobody is left whose part of round {run.round - 1} this round would complete")
+        if absent(run):
+            return turn.fail(waits_for_the_same(run)) if RECRUIT in run.overdue else None
+        turn.update(cohort=tuple(asked))
+        return "collect"
+
     def describe(self, run: Run) -> str:
-        """Say how many are missing."""
+        """Say how many are missing, or who."""
         present = {*run.sites(Standing.READY), *run.updates}
-        return missing(run, len(present))
+        if run.needs_trusted and not run.trusted():
+            return "waiting for an evaluator, with whose update the sites' are compared"
+        return waits_for_the_same(run) if absent(run) else missing(run, len(present))
+
+
+def away(run: Run) -> set[str]:
+    """Return the sites that may be back in a moment: they were ready, and have gone in this round or the last."""
+    gone = set(run.sites(Standing.READY, attached=False)) - set(run.sites(Standing.READY)) - set(run.updates)
+    if run.rules < ABSENT_ARE_AWAITED:
+        return gone
+    return {name for name in gone if (left := run.members[name].left) is not None and left >= run.round - 1}
+
+
+def absent(run: Run) -> list[str]:
+    """Return those who are not here, of those whose updates this round completes, sorted. A revoked one is not missed.
+
+    The round's version then lacks what that one's half would have completed.
+    """
+    here = {*run.sites(Standing.READY), *run.updates}
+    return sorted((run.completed(run.round).keys() & run.members.keys()) - here)
+
+
+def waits_for_the_same(run: Run) -> str:
+    """Say who is missed, and what can be done about it."""
+    whose = f"whose part of round {run.round - 1} this round completes"
+    return f"waiting for {names(absent(run))}, {whose} (a site that is revoked is done without)"
 
 
 def draw(run: Run, ready: list[str]) -> list[str]:

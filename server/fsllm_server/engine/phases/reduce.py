@@ -8,6 +8,7 @@ from fsllm_server.engine import effects
 from fsllm_server.engine.events import Reduced, ReduceFailed
 from fsllm_server.engine.phases.evaluate import evaluation_due
 from fsllm_server.engine.phases.phase import Phase
+from fsllm_server.engine.staleness import too_stale
 from fsllm_server.engine.state import Kind, Run, Version
 from fsllm_server.engine.turn import Turn
 
@@ -19,7 +20,9 @@ class Reduce(Phase):
 
     def enter(self, turn: Turn) -> None:
         """Close the round to the others and start the reduction."""
-        turn.withdraw_all("ROUND_CLOSED", f"Round {turn.run.round} has the updates it needs", Kind.TRAIN)
+        for order in turn.run.open_orders(Kind.TRAIN):
+            if too_stale(turn.run, order):
+                turn.withdraw(order, "ROUND_CLOSED", f"Round {turn.run.round} has the updates it needs")
         turn.update(job=turn.issue("reduce"))
         self.restart(turn)
 
@@ -47,7 +50,7 @@ class Reduce(Phase):
         """Take the version as the candidate."""
         run = turn.run
         if event.job == run.job and run.candidate is None:
-            version = Version(run.round, event.digest, event.master, event.payload_bytes, event.state)
+            version = Version(run.round, event.parts, event.state, event.reducer, event.package, event.reducer_version)
             turn.update(candidate=version, zero=run.zero or version, weights=dict(event.weights), job="")
 
     def reduce_failed(self, turn: Turn, event: ReduceFailed) -> None:
