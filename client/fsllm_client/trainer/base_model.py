@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
+_REPACKING = "support_avx512bf16_for_cpu"
+"""Of bitsandbytes' four-bit layers. Where the CPU knows bfloat16, the first pass without gradients lays their weights
+out anew, for products that let no gradient through: whoever trains after measuring would train on half a gradient, and
+never hear of it. It also fails where a weight's outputs are no multiple of 32."""
+
 
 def check_folder(folder: Path) -> None:
     """Look for what a model folder must hold. Needs no torch.
@@ -99,6 +104,9 @@ def load_model(
         raise ModelUnusable(
             "MODEL_UNSUITABLE", f"the weights in {folder} lack {len(missing)} tensors, e.g. {missing[0]}"
         )
+    for module in model.modules():
+        if hasattr(module, _REPACKING):
+            setattr(module, _REPACKING, False)
     loaded: PreTrainedModel = model
     return loaded
 

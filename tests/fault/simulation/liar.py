@@ -1,6 +1,7 @@
 """A member that lies: it speaks the protocol well, and says what is not so."""
 
 import asyncio
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -66,6 +67,8 @@ class Liar:
         self._world = world
         self._link = Link(world, identity(Role.SITE, LIAR.name))
         self._at_work: set[asyncio.Task[None]] = set()
+        self._announced: Counter[str] = Counter()
+        """How often each update was announced as it is, by its digest: any of these uploads may be the recorded one."""
         self._call: Call
 
     async def work(self) -> None:
@@ -138,6 +141,7 @@ class Liar:
                 await asyncio.sleep(world.chance.uniform(0, 100))
         if world.chance.random() < 0.3:
             return False
+        self._announced[manifest.digest.hex()] += 1
         got = await self._outcome(self._deliver(honest))
         if got == "OK":
             name = world.chance.choice(["NaN", "Inf", "another digest"])
@@ -149,10 +153,12 @@ class Liar:
         # Lies in the chunks are told under the digest of the honest update: that is not recorded by them either.
         own = changed.begin.manifest.digest != honest.begin.manifest.digest
         digest = changed.begin.manifest.digest.hex() if own else None
+        truth, announced = honest.begin.manifest.digest.hex(), int(changed.begin == honest.begin)
+        self._announced[truth] += announced
         got = await self._outcome(self._deliver(changed))
-        if self._is_recorded(honest):
-            # By a second order that was worked on beside the first, or by a stream that broke off when all was there.
-            # Whoever names its digest gets its receipt, whatever else they say.
+        if self._announced[truth] > announced and self._is_recorded(honest):
+            # By a second order that was worked on beside the first, or by a stream that broke off when all was there,
+            # and not by this lie. Whoever names its digest gets its receipt, whatever else they say.
             expected |= {"UPDATE_CONFLICT"} if own else {"UPDATE_CONFLICT", "OK"}
         return self._note(name, got, expected, digest)
 

@@ -7,6 +7,7 @@ a connection and nothing is repeated: repetitions come from callers that try aga
 """
 
 import random
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
@@ -42,7 +43,8 @@ class Pipe:
 
     waiting: deque[tuple[float, Callable[[], None]]] = field(default_factory=deque)
     free_at: float = 0.0
-    pumping: bool = False
+    next: TimerHandle | None = None
+    """Set while the first of those that wait is on its way."""
 
 
 class Network:
@@ -81,9 +83,9 @@ class Network:
             else:
                 one.cut()
 
-    def later(self, seconds: float, callback: Callable[..., object], *args: object) -> None:
+    def later(self, seconds: float, callback: Callable[..., object], *args: object) -> TimerHandle:
         """Call back in nobody's name: what is on its way arrives, whoever has died."""
-        self.loop.call_later(seconds, callback, *args, context=Context())
+        return self.loop.call_later(seconds, callback, *args, context=Context())
 
 
 class Connection:
@@ -148,15 +150,14 @@ class Connection:
 
     def _pump(self, direction: int) -> None:
         pipe = self._pipes[direction]
-        if self.up and pipe.waiting and not pipe.pumping:
-            pipe.pumping = True
+        if self.up and pipe.waiting and pipe.next is None:
             now = self.network.loop.now
             at = max(now, pipe.waiting[0][0], self.weather.stalled_until)
-            self.network.later(at - now, self._arrive, direction)
+            pipe.next = self.network.later(at - now, self._arrive, direction)
 
     def _arrive(self, direction: int) -> None:
         pipe = self._pipes[direction]
-        pipe.pumping = False
+        pipe.next = None
         if self.silent or not pipe.waiting:
             return
         if self.weather.stalled_until <= self.network.loop.now:
@@ -165,6 +166,17 @@ class Connection:
             if receiver is not None and receiver.alive:
                 deliver()
         self._pump(direction)
+
+    def calm(self, weather: Weather) -> None:
+        """Let better weather act on what waits already, as a sender's window opens again."""
+        self.weather = weather
+        for direction, pipe in enumerate(self._pipes):
+            pipe.free_at = self.network.loop.now
+            pipe.waiting = deque((min(due, pipe.free_at + self._latency()), deliver) for due, deliver in pipe.waiting)
+            if pipe.next is not None:
+                pipe.next.cancel()
+                pipe.next = None
+            self._pump(direction)
 
     def _latency(self) -> float:
         return self.weather.latency * self.network.chance.uniform(0.5, 2.0)

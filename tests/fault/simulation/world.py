@@ -169,7 +169,7 @@ class World:
         for name in self.network.weather:
             self.network.weather[name] = Weather()
         for connection in self.network.connections.values():
-            connection.weather = self.network.weather[connection.client.name]
+            connection.calm(self.network.weather[connection.client.name])
 
     def trained(self, nature: Nature, run: str, round_: int) -> dict[str, arithmetic.Array]:
         """Make up a delta, another one each time, and remember it."""
