@@ -156,14 +156,15 @@ def tables() -> Iterator[str]:
     yield _markdown(travel, _together((name, _travels(example(method))) for name, method in trained))
     yield "## What goes together\n"
     yield (
-        "*yes*: `fsllm plan check` takes such a plan. *Ranks*: `adapter.ranks`, sites whose adapters differ in rank. "
+        "*yes*: `fsllm plan check` takes such a plan. *Ranks*: `adapter.ranks`, sites whose adapters differ in rank, "
+        "which are put together by *layers*. "
         "*Async*: `cohort.buffer`. *Noise*: clip and noise in the pipeline. *Only the sum*: the server needs nothing "
         "but the sum of what the sites send (at equal ranks), which is what secure aggregation would give it.\n"
     )
     fit = ("", "reducer", "ranks", "async", "noise", "only the sum", "adapters", "and needs")
     yield _markdown(fit, _together((name, _goes_with(method)) for name, method in trained))
     yield "The reducer is what the server does with a round's updates. It decides the memory:\n"
-    used = {method.reducer() for _, method in methods}
+    used = {example(method).reducer() for _, method in methods}
     reducers = [(name, *said) for name, said in REDUCERS.items() if name in used]
     yield _markdown(("reducer", "the server", "memory, however large the adapter"), reducers)
     yield "Some refuse more, for reasons of their own:\n"
@@ -366,7 +367,7 @@ def _goes_with(method: Method) -> tuple[str, ...]:
     if method.in_pairs:
         needs.append("the same sites for two rounds")
     return (
-        method.reducer(),
+        algorithm.reducer(),
         *("yes" if fitting(method, asked) else "" for asked in ("ranks", "async", "noise")),
         "yes" if only_the_sum(algorithm) else "",
         "any" if every else ", ".join(kinds),

@@ -90,7 +90,7 @@ def verify(server: ServerProcess, run: str) -> list[dict[str, Any]]:
     return found
 
 
-TWO_RANKS = {"rank": 8, "alpha": 8, "ranks": [4]}
+TWO_RANKS: dict[str, Any] = {"rank": 8, "alpha": 8, "ranks": [4]}
 
 PLAIN_SGD = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
 ZEROTH = {"optimizer": "sgd", "learning_rate": 0.002, "max_grad_norm": 0, "steps": 16}
@@ -135,7 +135,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "ferret": {"algorithm": {"parameters": {"coordinates": 8192}, "server_learning_rate": 0.2}},
     "fedit": {},
     "ffa-lora": {},
-    "fedsa-lora": {},
+    "ffa-lora-ranks": {"algorithm": {"name": "ffa-lora"}, "adapter": TWO_RANKS},
+    "fedsa-lora": {"adapter": TWO_RANKS},
     "rolora": {},
     "flora": {"adapter": TWO_RANKS},
     "flexlora": {"adapter": TWO_RANKS},
@@ -145,11 +146,16 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "algorithm": {"name": "hetlora", "parameters": {"prune_penalty": 0.05, "keep": 0.8}},
     },
     "fedex": {"algorithm": {"parameters": {"learning_rates": "0.5,1"}}},
-    "fedex-lora": {},
+    "fedex-lora": {"adapter": TWO_RANKS},
     "lora-fair": {},
     "rac-lora": {"adapter": TWO_RANKS},
     "fedask": {"adapter": TWO_RANKS},
     "fed-sb": {"adapter": {"kind": "lora-xs", "rank": 4}, "train": {"learning_rate": 0.05}},
+    "fed-sb-ranks": {
+        "algorithm": {"name": "fed-sb"},
+        "adapter": {"kind": "lora-xs", **TWO_RANKS},
+        "train": {"learning_rate": 0.05},
+    },
 }
 
 ELSEWHERE = {"dpo": "test_preferences.py", "hlora": "flexlora by another name", "noop": "trains nothing"}

@@ -79,12 +79,11 @@ class Federation:
         """Return what each module's weight is more than the base model's, at a site of this rank."""
         tensors = self.received(rank)
         total: dict[str, Any] = {module: np.zeros(shape) for module, shape in MODULES.items()}
+        for module in MODULES:
+            total[module] += scale(self.plan, rank) * product(tensors, module)
         for name, array in tensors.items():
             module, key = module_and_key(name)
-            if key == "B":
-                a = tensors[name.replace("lora_B", "lora_A")].astype(np.float64)
-                total[module] += scale(self.plan, rank) * array.astype(np.float64) @ a
-            elif key == "U":
+            if key == "U":
                 total[module] += array.astype(np.float64) @ tensors[name.replace("lora_U", "lora_V")].astype(np.float64)
         return total
 
@@ -106,14 +105,11 @@ class Federation:
         exact = {module: np.zeros(shape) for module, shape in MODULES.items()}
         after = self.send(lambda site, name, received: self.random.normal(size=received.shape, scale=0.3))
         for share, rank, mine in zip(SHARES, self.ranks, after, strict=True):
+            for module in MODULES:
+                exact[module] += share * scale(self.plan, rank) * product(mine, module)
             for name, array in mine.items():
                 module, key = module_and_key(name)
-                if key == "B":
-                    a = mine[name.replace("lora_B", "lora_A")].astype(np.float64)
-                    if plan_r := name.replace("lora_B", "lora_R") if self.plan.adapter.kind == "lora-xs" else "":
-                        a = mine[plan_r].astype(np.float64) @ a
-                    exact[module] += share * scale(self.plan, rank) * array.astype(np.float64) @ a
-                elif key == "U":
+                if key == "U":
                     v = mine[name.replace("lora_U", "lora_V")].astype(np.float64)
                     exact[module] += share * array.astype(np.float64) @ v
         return exact
@@ -156,6 +152,13 @@ class Federation:
     @staticmethod
     def _decoded(stored: StoredVersion) -> Arrays:
         return dict(decode(stored.manifest, stored.payload))
+
+
+def product(tensors: Arrays, module: str, rank: int | None = None) -> Any:  # noqa: ANN401
+    """Return a module's B A, or B R A where there is an R; of its first ``rank`` ranks only, if so asked."""
+    b, a = (tensors[f"{module}.lora_{key}.weight"].astype(np.float64) for key in "BA")
+    r = tensors.get(f"{module}.lora_R.weight", np.eye(len(a))).astype(np.float64)
+    return b[:, :rank] @ r[:rank, :rank] @ a[:rank]
 
 
 def error(found: Mapping[str, Any], exact: Mapping[str, Any]) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_federation import DIFFERENT, EXAMPLES, MODULES, SAME, Federation, error, make_plan
+from lora_federation import DIFFERENT, EXAMPLES, MODULES, SAME, SHARES, Federation, error, make_plan, product
 
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32
 from fsllm_common.algorithms import algorithm_class
@@ -47,22 +46,41 @@ def test_every_site_gains_the_mean_of_the_products(
             assert error(federation.gained(rank), exact) < 2e-6
 
 
-def test_fedit_is_biased_and_fair_is_less_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("ffa-lora", "rolora", "fedex-lora") for kind in ("lora", "rslora")),
+        ("fed-sb", "lora-xs"),
+    ],
+)
+def test_of_different_ranks_the_largest_has_the_mean_of_the_products_and_others_its_first_terms(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    federation = Federation(tmp_path, make_plan(name, adapter={"kind": kind}), DIFFERENT)
+    for _ in range(4):
+        exact = federation.round()
+        assert error(federation.gained(4), exact) < 2e-6
+        whole = federation.received(4)
+        for rank in (2, 1):
+            own = federation.received(rank)
+            for module in MODULES:
+                terms = scale(federation.plan, 4) * product(whole, module, rank)
+                assert np.linalg.norm(terms) > 1e-3
+                np.testing.assert_allclose(scale(federation.plan, rank) * product(own, module), terms, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [SAME, DIFFERENT])
+def test_fedit_is_biased_and_fair_is_less_so(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     errors = {}
     for name in ("fedit", "lora-fair", "fedex-lora"):
         (tmp_path / name).mkdir()
-        federation = Federation(tmp_path / name, make_plan(name, adapter={"ranks": ()}), SAME)
-        federation.round()
-        errors[name] = error(federation.gained(4), federation_exact(tmp_path / f"{name}-again", name))
+        adapter = {"ranks": ()} if ranks == SAME else {}
+        federation = Federation(tmp_path / name, make_plan(name, adapter=adapter), ranks)
+        exact = federation.round()
+        errors[name] = error(federation.gained(4), exact)
     assert errors["fedit"] > 0.2
     assert errors["lora-fair"] < 0.95 * errors["fedit"]
     assert errors["fedex-lora"] < 2e-6
-
-
-def federation_exact(folder: Path, name: str) -> dict[str, Any]:
-    """Return the exact mean of the same round."""
-    folder.mkdir()
-    return Federation(folder, make_plan(name, adapter={"ranks": ()}), SAME).round()
 
 
 @pytest.mark.parametrize("ranks", [SAME, DIFFERENT])
@@ -150,8 +168,9 @@ def test_fedask_with_a_narrow_sketch_is_not_exact(tmp_path: Path) -> None:
     assert np.linalg.norm(federation.gained(1)[module] - exact) > 1.001 * np.linalg.norm(best[1:])
 
 
-def test_hetlora_by_hand(tmp_path: Path) -> None:
-    federation = Federation(tmp_path, make_plan("hetlora"), DIFFERENT)
+@pytest.mark.parametrize("name", ["hetlora", "fedit"])
+def test_zero_padding_by_hand(tmp_path: Path, name: str) -> None:
+    federation = Federation(tmp_path, make_plan(name), DIFFERENT)
     locals_ = federation.send(lambda site, name, received: federation.random.normal(size=received.shape, scale=0.3))
     module = "model.q_proj"
     norms = [
@@ -159,10 +178,11 @@ def test_hetlora_by_hand(tmp_path: Path) -> None:
         * np.linalg.norm(mine[f"{module}.lora_B.weight"].astype(np.float64) @ mine[f"{module}.lora_A.weight"])
         for rank, mine in zip(DIFFERENT, locals_, strict=True)
     ]
+    shares = [norm / sum(norms) for norm in norms] if name == "hetlora" else SHARES
     a, b = np.zeros((4, 12)), np.zeros((10, 4))
-    for rank, norm, mine in zip(DIFFERENT, norms, locals_, strict=True):
-        a[:rank] += norm / sum(norms) * mine[f"{module}.lora_A.weight"]
-        b[:, :rank] += norm / sum(norms) * scale(federation.plan, rank) / 1.5 * mine[f"{module}.lora_B.weight"]
+    for rank, share, mine in zip(DIFFERENT, shares, locals_, strict=True):
+        a[:rank] += share * mine[f"{module}.lora_A.weight"]
+        b[:, :rank] += share * scale(federation.plan, rank) / 1.5 * mine[f"{module}.lora_B.weight"]
     found = federation.received(4)
     np.testing.assert_allclose(found[f"{module}.lora_A.weight"], a, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[f"{module}.lora_B.weight"], b, rtol=1e-5, atol=1e-6)

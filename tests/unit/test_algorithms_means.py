@@ -74,7 +74,7 @@ def test_fair_corrects_b_by_what_least_squares_say(tmp_path: Path, ridge: float)
     ("name", "ranks", "parameters"),
     [
         *((name, SAME, {}) for name in LAYERS),
-        *((name, DIFFERENT, {}) for name in LAYERS if algorithm_class(name).any_rank),
+        *((name, DIFFERENT, {}) for name in (*LAYERS, "ffa-lora", "rolora") if algorithm_class(name).any_rank),
         *((name, SAME, {"ledger_rank": 14}) for name in ("flora", "fedex-lora", "rac-lora")),
     ],
 )

@@ -152,6 +152,7 @@ def test_what_travels_is_what_the_papers_say(name: str, up: str, down: str, once
         ("fedavg", "sum", "", "yes", "yes", "yes"),
         ("flora", "layers", "yes", "", "yes", ""),
         ("fedask", "layers", "yes", "", "yes", "yes"),
+        ("ffa-lora", "sum", "yes", "yes", "yes", "yes"),
         ("scaffold", "sum", "", "", "", "yes"),
         ("krum", "products", "", "yes", "yes", ""),
         ("median", "rows", "", "", "yes", ""),

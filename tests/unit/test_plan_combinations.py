@@ -273,8 +273,23 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"algorithm": {"name": "fedavg"}, "adapter": {"rank": 8, "ranks": [4]}},
-        "averages tensors of one shape",
+        "puts tensors of one shape together",
         {"algorithm": {"name": "flexlora"}, "adapter": {"rank": 8, "ranks": [4]}},
+    ),
+    (
+        {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8, "ranks": [4], "kind": "dora"}},
+        "can be cut to a smaller rank",
+        {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8, "ranks": [4], "kind": "rslora"}},
+    ),
+    (
+        {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8, "ranks": [4]}, "cohort": {"buffer": {"size": 2}}},
+        "rounds build on each other",
+        {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8}, "cohort": {"buffer": {"size": 2}}},
+    ),
+    (
+        {"algorithm": {"name": "fedit", "server_learning_rate": 0.5}, "adapter": {"rank": 8, "ranks": [4]}},
+        "takes no step from the last version",
+        {"algorithm": {"name": "fedit", "server_learning_rate": 0.5}},
     ),
     (
         {"algorithm": {"name": "flexlora"}, "adapter": {"rank": 8, "ranks": [8, 4]}},

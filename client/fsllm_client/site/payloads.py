@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final
 from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_client.link.download import CachedVersion
 from fsllm_common.algorithms import algorithm_class
-from fsllm_common.algorithms.layers import module_and_key
+from fsllm_common.algorithms.layers import cut, module_and_key
 from fsllm_common.errors import FsllmError
 from fsllm_common.plan import Plan
 from fsllm_common.tensors.manifest import WIRE_TYPES
 
 if TYPE_CHECKING:
     from fsllm_common.pipeline import Facts
-    from fsllm_common.tensors.arrays import Array, Arrays
+    from fsllm_common.tensors.arrays import Arrays
 
 TOLERANCE: Final = 1e-6
 """How far this site's version 0 may be from the server's, in float32: other CPUs add in another order."""
@@ -81,7 +81,10 @@ def refuse_difference(own: CachedVersion, theirs: Sequence[CachedVersion], plan:
 
     kind = plan.wire.element_type
     published = _arrays(theirs)
-    ours = {name: _cut(name, array, rank, plan) for name, array in decode(own.manifest, own.payload).items()}
+    ours = {
+        name: cut(module_and_key(name)[1], array, rank, plan)
+        for name, array in decode(own.manifest, own.payload).items()
+    }
     if differing := sorted(ours.keys() ^ published.keys()):
         whose = "this site's" if differing[0] in ours else "the run's"
         raise _mismatch(f"only {whose} version 0 has {differing[0]} ({len(differing)} such tensors)")
@@ -94,13 +97,6 @@ def refuse_difference(own: CachedVersion, theirs: Sequence[CachedVersion], plan:
         allowed = TOLERANCE + _ROUNDING[kind] * (np.abs(array) + TOLERANCE) + _SUBNORMAL[kind]
         if not bool(np.all(difference <= allowed)):
             raise _mismatch(f"{name} differs by up to {float(np.max(difference)):.3g}")
-
-
-def _cut(name: str, array: "Array", rank: int, plan: Plan) -> "Array":
-    """Return a tensor of version 0 as a site of this rank gets it: the first rows of A, the first columns of B (0)."""
-    if rank < plan.adapter.rank and (key := module_and_key(name)[1]) in ("A", "B"):
-        return array[:rank] if key == "A" else array[:, :rank]
-    return array
 
 
 def _arrays(parts: Sequence[CachedVersion]) -> "Arrays":

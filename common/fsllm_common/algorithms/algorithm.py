@@ -117,15 +117,16 @@ class Algorithm(ABC):
     """What it may, though its author should know."""
     adapter_kinds: ClassVar[tuple[str, ...] | None] = None
     """The kinds of adapter that it goes with; None: any."""
-    needs_layers: ClassVar[bool] = False
+    needs_layers: bool = False
     """FACTOR: ``combine_layer`` makes a module's tensors from those of all sites at once, in place of ``apply`` and its
-    learning rate."""
+    learning rate. So it is under any method where the sites' ranks differ."""
     in_pairs: ClassVar[bool] = False
     """Each even round completes the odd one before it: by the same sites, which count the same."""
     needs_trusted: ClassVar[bool] = False
     """Evaluators train too: the others' updates are compared with theirs (``Update.trusted``)."""
     any_rank: ClassVar[bool] = False
-    """Sites may have adapters of different ranks (``adapter.ranks``)."""
+    """Sites may have adapters of different ranks (``adapter.ranks``). What ``combine_layer`` leaves to the mean is
+    filled up with zeros."""
     uniform: ClassVar[bool] = False
     """The method itself decides what an update counts for, whatever its site says of its data: a plan can not ask for
     a weighting."""
@@ -133,6 +134,8 @@ class Algorithm(ABC):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.parameters = self.parameters_type.model_validate(plan.algorithm.parameters)
+        if plan.adapter.ranks:
+            self.needs_layers = True
         self.memory: list[float] = [0.0] * self.remembers()
         """Numbers that the server keeps from round to round, as ``remembers`` says; at first all are 0. A round's
         ``weigh`` (or ``weigh_by_products``), and ``apply`` to a part of one block, may put others in their place."""
@@ -163,12 +166,11 @@ class Algorithm(ABC):
         # What a rule changes in the forward pass is in no adapter.
         return self.personalised and not changes(self.rule(), "inside")
 
-    @classmethod
-    def reducer(cls) -> str:
+    def reducer(self) -> str:
         """Return what is done with the updates: sum, rows, products, products then rows, or layers."""
-        if cls.needs_layers:
+        if self.needs_layers:
             return "layers"
-        steps = [name for name, needed in (("products", cls.needs_products), ("rows", cls.needs_rows)) if needed]
+        steps = [name for name, needed in (("products", self.needs_products), ("rows", self.needs_rows)) if needed]
         return " then ".join(steps) or "sum"
 
     # What travels.
@@ -249,7 +251,7 @@ class Algorithm(ABC):
         """Return a module's next tensors by key, of the shapes of the base version's; for ``needs_layers``.
 
         U and V, where ``base_delta`` says that the round has some, are what is added to the module's base weight.
-        Tensors whose keys are not returned become the mean of the sites'.
+        Tensors whose keys are not returned become the mean of the sites' (``Layer.mean``).
         """
         return {}
 

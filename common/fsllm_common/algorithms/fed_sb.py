@@ -21,6 +21,7 @@ class FedSB(FedAvg):
 
     name: ClassVar[str] = "fed-sb"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora-xs",)
+    any_rank: ClassVar[bool] = True
 
     def part(self, role: TensorRole.ValueType) -> str:
         """Return the frozen factors' part, or the adapter."""

@@ -90,7 +90,7 @@ class FedASK(FedAvg):
     parameters_type = AskParameters
     parameters: AskParameters
     local_rule = TwoExchanges
-    needs_layers: ClassVar[bool] = True
+    needs_layers = True
     any_rank: ClassVar[bool] = True
     in_pairs: ClassVar[bool] = True
 

@@ -22,6 +22,7 @@ class FedExLoRA(Ledger):
 
     name: ClassVar[str] = "fedex-lora"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
+    any_rank: ClassVar[bool] = True
 
     def added_rank(self, ranks: Sequence[int]) -> int:
         """Return that of the sites' products and of the mean's."""

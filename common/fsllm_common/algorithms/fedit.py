@@ -15,3 +15,4 @@ class FedIT(FedAvg):
 
     name: ClassVar[str] = "fedit"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "dora", "rslora")
+    any_rank: ClassVar[bool] = True

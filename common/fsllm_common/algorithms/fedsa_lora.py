@@ -20,6 +20,7 @@ class FedSALoRA(FedAvg):
 
     name: ClassVar[str] = "fedsa-lora"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "dora", "rslora")
+    any_rank: ClassVar[bool] = True
     personal: frozenset[TensorRole.ValueType] = frozenset({TENSOR_ROLE_LORA_B})
 
     def part(self, role: TensorRole.ValueType) -> str:

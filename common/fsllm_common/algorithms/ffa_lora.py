@@ -20,6 +20,7 @@ class FFALoRA(FedAvg):
 
     name: ClassVar[str] = "ffa-lora"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "dora", "rslora")
+    any_rank: ClassVar[bool] = True
 
     def part(self, role: TensorRole.ValueType) -> str:
         """Return A's part, or the adapter."""

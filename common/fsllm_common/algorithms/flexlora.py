@@ -25,7 +25,7 @@ class FlexLoRA(FedAvg):
 
     name: ClassVar[str] = "flexlora"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
-    needs_layers: ClassVar[bool] = True
+    needs_layers = True
     any_rank: ClassVar[bool] = True
     refuses: ClassVar[tuple[Refusal, ...]] = (OTHER_FACTORS,)
 

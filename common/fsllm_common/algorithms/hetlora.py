@@ -127,7 +127,7 @@ class HetLoRA(FedAvg):
     parameters_type = HetLoRAParameters
     parameters: HetLoRAParameters
     local_rule = SelfPruning
-    needs_layers: ClassVar[bool] = True
+    needs_layers = True
     any_rank: ClassVar[bool] = True
     uniform = True
 
@@ -142,8 +142,7 @@ class HetLoRA(FedAvg):
         norms = [update.scale * product_norm(update.tensors["B"], update.tensors["A"]) for update in layer.updates]
         total = sum(norms)
         shares = [norm / total for norm in norms] if total > 0 else [update.share for update in layer.updates]
-        a, b = layer.padded_mean(shares)
-        return {"A": a, "B": b}
+        return {key: layer.mean(key, shares) for key in ("A", "B")}
 
 
 def product_norm(b: npt.NDArray[np.float64], a: npt.NDArray[np.float64]) -> float:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fsllm_common.algorithms.algorithm import Refusal
 
@@ -58,6 +58,30 @@ def scale(plan: Plan, rank: int) -> float:
     return plan.adapter.alpha / (math.sqrt(rank) if plan.adapter.kind == "rslora" else rank)
 
 
+def of_rank(key: str, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return the shape that a module's tensor has at a smaller rank: (rank, n) of A, (m, rank) of B, (rank, rank) of R.
+
+    Others are the same at any.
+    """
+    return tuple(min(size, rank) if axis in _RANKED.get(key, ()) else size for axis, size in enumerate(shape))
+
+
+def cut(key: str, array: npt.NDArray[np.floating[Any]], rank: int, plan: Plan) -> npt.NDArray[np.floating[Any]]:
+    """Return a tensor of the plan's rank as a site of ``rank`` gets it, so that s B A keeps its first terms.
+
+    Those are the first rows of A and columns of B, rescaled by s / s_rank, and R's first rows and columns.
+    """
+    whole = plan.adapter.rank
+    if rank == whole or key not in _RANKED:
+        return array
+    first = array[tuple(slice(size) for size in of_rank(key, array.shape, rank))]
+    return first * (scale(plan, whole) / scale(plan, rank)) if key == "B" else first
+
+
+_RANKED: Final[Mapping[str, tuple[int, ...]]] = {"A": (0,), "B": (1,), "R": (0, 1)}
+"""Which axes of a module's tensors are as long as the adapter's rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerUpdate:
     """What one site made of a module."""
@@ -93,21 +117,22 @@ class Layer:
         """The module has the two factors."""
         return {"A", "B"} <= self.base.keys()
 
-    def mean(self, key: str) -> npt.NDArray[np.float64]:
-        """Return the weighted mean of a tensor over the updates, all of which have it in one shape."""
-        total = self.updates[0].share * self.updates[0].tensors[key]
-        for update in self.updates[1:]:
-            total = total + update.share * update.tensors[key]
-        return total
+    def mean(self, key: str, shares: Sequence[float] | None = None) -> npt.NDArray[np.float64]:
+        """Return sum_k w_k X_k at the plan's rank: what a smaller rank lacks is 0, and B_k counts as (s_k / s) B_k.
 
-    def padded_mean(self, shares: Sequence[float]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return sum_k w_k A_k and sum_k w_k (s_k / s) B_k of the plan's rank, smaller ranks filled up with zeros."""
-        a, b = self.base["A"] * 0, self.base["B"] * 0
-        for share, update in zip(shares, self.updates, strict=True):
-            rank = update.tensors["A"].shape[0]
-            a[:rank] += share * update.tensors["A"]
-            b[:, :rank] += share * update.scale / self.scale * update.tensors["B"]
-        return a, b
+        So wherever the other factor is the same at all sites, but for the ranks, s B A is the mean of s_k B_k A_k.
+
+        Args:
+            key: Which of the tensors.
+            shares: w_k; the updates' own when not given.
+
+        """
+        total = self.base[key] * 0
+        for update, share in zip(self.updates, shares or [update.share for update in self.updates], strict=True):
+            sent = update.tensors[key]
+            there = tuple(slice(size) for size in sent.shape)
+            total[there] += share * (update.scale / self.scale if key == "B" else 1.0) * sent
+        return total
 
     def stacked(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return U (m, R) and V (R, n), R the sum of the ranks, of which U V = sum_k p_k s_k B_k A_k (FLoRA)."""

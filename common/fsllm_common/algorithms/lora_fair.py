@@ -32,9 +32,10 @@ class LoRAFair(FedAvg):
 
     name: ClassVar[str] = "lora-fair"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
+    any_rank: ClassVar[bool] = True
     parameters_type = FairParameters
     parameters: FairParameters
-    needs_layers: ClassVar[bool] = True
+    needs_layers = True
 
     def combine_layer(self, layer: Layer) -> Mapping[str, npt.NDArray[np.float64]]:
         """Return the mean A and the corrected B."""
@@ -46,6 +47,7 @@ class LoRAFair(FedAvg):
         gram = a @ a.T
         projected = -b @ gram
         for update in layer.updates:
-            projected = projected + update.share * (update.tensors["B"] @ (update.tensors["A"] @ a.T))
+            share = update.share * update.scale / layer.scale
+            projected = projected + share * (update.tensors["B"] @ (update.tensors["A"] @ a.T))
         correction = np.linalg.solve(gram + self.parameters.ridge * np.eye(len(gram)), projected.T).T
         return {"A": a, "B": b + correction}

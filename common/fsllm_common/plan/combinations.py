@@ -18,6 +18,8 @@ from fsllm_common.tensors.manifest import MAX_TENSORS
 
 TEMPLATES: Final = ("tokenizer", "alpaca", "chatml", "brief", "plain")
 PROMPT_KINDS: Final = ("prefix", "prompt", "p-tuning")
+RANKED_KINDS: Final = ("lora", "rslora", "lora-xs")
+"""Whose first ranks are an adapter themselves."""
 SYNTHETIC_MODEL: Final = "synthetic"
 MAX_ROUNDS: Final = 99_999
 """Names of what a round adds have five digits, by which they are sorted."""
@@ -243,8 +245,13 @@ REFUSED: Final[tuple[Combination, ...]] = (
     Combination(
         "adapter.ranks, algorithm.name",
         lambda p: bool(p.adapter.ranks) and ((method := method_of(p)) is None or not method.any_rank),
-        "this method averages tensors of one shape: leave ranks out, or take one that aggregates products (flora, "
-        "flexlora, hetlora, rac-lora, fedask)",
+        "this method puts tensors of one shape together: leave ranks out, or take one of those about LoRA's factors "
+        "(docs/algorithms.md, the column ranks)",
+    ),
+    Combination(
+        "adapter.ranks, adapter.kind",
+        lambda p: bool(p.adapter.ranks) and p.adapter.kind not in RANKED_KINDS,
+        "only these kinds can be cut to a smaller rank: lora, rslora, lora-xs (DoRA's magnitudes are of one product)",
     ),
     Combination(
         "adapter.ranks, adapter.rank",
@@ -372,7 +379,9 @@ REFUSED: Final[tuple[Combination, ...]] = (
     Combination(
         "algorithm.name, algorithm.server_learning_rate",
         lambda p: (
-            p.algorithm.server_learning_rate not in (None, 1.0) and algorithm_class(p.algorithm.name).needs_layers
+            p.algorithm.server_learning_rate not in (None, 1.0)
+            and (method := method_of(p)) is not None
+            and method.needs_layers
         ),
         "this method makes each module anew from what the sites have trained, and takes no step from the last version: "
         "leave the rate out",

@@ -85,7 +85,7 @@ class Maker:
     def _first(self, tensors: Manifest, source: Source) -> Made:
         """Cut version 0 into its parts."""
         from fsllm_server.reduce.fold import Step, fold
-        from fsllm_server.reduce.layers import cut, ranked
+        from fsllm_server.reduce.layers import cut_first, ranked
 
         plan = self._algorithm.plan
         step = Step(self._algorithm.apply, 0, {})
@@ -93,7 +93,7 @@ class Maker:
         for part in sorted({self._algorithm.part_of(spec.name, spec.role) for spec in tensors.tensors} or {ADAPTER}):
             own, some = self._own(tensors, source, [part])
             if plan.adapter.ranks and ranked(own):
-                views = cut(part, StoredVersion(tensors, source.payload), own, plan, self._wire, self._sink)
+                views = cut_first(part, StoredVersion(tensors, source.payload), own, plan, self._wire, self._sink)
                 made |= {name: _part(name, folded) for name, folded in views.items()}
                 continue
             made[part] = _part(

@@ -17,7 +17,7 @@ import numpy as np
 from fsllm.v1.tensors_pb2 import ELEMENT_TYPE_FLOAT32, ElementType, Manifest, TensorSpec
 from fsllm_common.algorithms import Algorithm, BaseDelta
 from fsllm_common.algorithms.base_delta import entry_name
-from fsllm_common.algorithms.layers import Layer, LayerUpdate, by_module, module_and_key, scale
+from fsllm_common.algorithms.layers import Layer, LayerUpdate, by_module, cut, module_and_key, of_rank, scale
 from fsllm_common.errors import FsllmError
 from fsllm_common.tensors.arrays import BLOCK, narrow, widen
 from fsllm_common.tensors.manifest import WIDTH, describe, element_count, part_name, role_of
@@ -145,10 +145,10 @@ def fold_layers(
 
 def ranked(tensors: Manifest) -> bool:
     """Tell whether the shapes of some of these tensors follow from the adapter's rank."""
-    return any(module_and_key(spec.name)[1] in ("A", "B") for spec in tensors.tensors)
+    return any(of_rank(module_and_key(spec.name)[1], spec.shape, 1) != tuple(spec.shape) for spec in tensors.tensors)
 
 
-def cut(
+def cut_first(
     part: str, whole: StoredVersion, tensors: Manifest, plan: Plan, wire: ElementType.ValueType, sink: Sink
 ) -> dict[str, Folded]:
     """Make a part of version 0 for each of the plan's ranks, by their names.
@@ -180,9 +180,7 @@ def _of_rank(tensors: Manifest, rank: int) -> Manifest:
     changed = Manifest()
     changed.CopyFrom(tensors)
     for spec in changed.tensors:
-        key = module_and_key(spec.name)[1]
-        if key in ("A", "B"):
-            spec.shape[0 if key == "A" else 1] = rank
+        spec.shape[:] = of_rank(module_and_key(spec.name)[1], spec.shape, rank)
     return changed
 
 
@@ -282,16 +280,13 @@ class _PartWriter:
             self._published = stack.enter_context(sink.create(describe(self._specs, wire)))
 
     def write(self, module: str, made: Mapping[str, Wide]) -> None:
-        """Append what the part has of a module, whose tensors come at the plan's rank.
-
-        A smaller rank gets the first rows of A and columns of B, these rescaled so that s B A keeps its terms.
-        """
+        """Append what the part has of a module, whose tensors come at the plan's rank."""
         while self._at < len(self._specs):
             name, shape, _ = self._specs[self._at]
             of, key = module_and_key(name)
             if of != module:
                 return
-            array = self._cut(key, made[key])
+            array = cut(key, made[key], self._rank, self._plan)
             if array.shape != shape:
                 raise FsllmError("INTERNAL", f"{name} would have shape {array.shape} instead of {shape}")
             self._append(name, array.astype(np.float32).reshape(-1))
@@ -303,14 +298,6 @@ class _PartWriter:
             raise FsllmError("INTERNAL", f"{self._specs[self._at][0]} was not made")
         master = self._master.commit()
         return Folded(master, self._published.commit() if self._published is not None else master, {})
-
-    def _cut(self, key: str, array: Wide) -> Wide:
-        whole = self._plan.adapter.rank
-        if self._rank == whole or key not in ("A", "B"):
-            return array
-        if key == "A":
-            return array[: self._rank]
-        return array[:, : self._rank] * (scale(self._plan, whole) / scale(self._plan, self._rank))
 
     def _append(self, name: str, flat: npt.NDArray[np.float32]) -> None:
         for start in range(0, len(flat), BLOCK):

@@ -1,6 +1,7 @@
 """Play seeds: ``python tests/fault/simulation/run.py --seeds 2000``, or one again: ``--seed 17 --verbose``."""
 
 import argparse
+import asyncio
 import gc
 import shutil
 import sys
@@ -63,6 +64,8 @@ def _play(seed: int, *, verbose: bool, rough: Rough = "") -> Outcome:
             outcome.logs = [[entry.body for entry in log] for log in world.records.logs.values()]
         # What never ended is thrown away: its 'finally' is of no more interest than a dead process's.
         sys.unraisablehook = lambda _: None
+        # Some ask for a loop as they go, and asyncio would make one that nobody closes.
+        asyncio.set_event_loop(None)
         with silenced(), warnings.catch_warnings(action="ignore"):
             world.close()
             del world, found
