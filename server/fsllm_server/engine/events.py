@@ -147,7 +147,7 @@ class Reduced(_Event):
     package: str = ""
     """Name and version of the package that the algorithm is of, where it is not fsllm's own."""
     reducer_version: int = 1
-    """Of the reducer's arithmetic (``reduce.VERSIONS``); what fsllm had before logs said so."""
+    """Of the reducer's arithmetic (``reduce.version_of``); what fsllm had before logs said so."""
 
     @model_validator(mode="before")
     @classmethod

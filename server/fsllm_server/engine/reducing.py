@@ -16,7 +16,7 @@ from fsllm_server.engine.events import Reduced
 from fsllm_server.engine.making import Maker
 from fsllm_server.engine.staleness import discounted
 from fsllm_server.engine.state import Run, Version
-from fsllm_server.reduce import VERSIONS
+from fsllm_server.reduce import version_of
 from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.spools import Spools
 
@@ -131,5 +131,5 @@ def reduce_updates(
         state=made.state,
         reducer=reducer,
         package=package_of(algorithm.name),
-        reducer_version=VERSIONS.get(reducer, 1),
+        reducer_version=version_of(reducer),
     )

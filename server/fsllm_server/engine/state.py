@@ -86,7 +86,7 @@ class Version:
     package: str = ""
     """Where its algorithm is not fsllm's own; see events.Reduced."""
     reducer_version: int = 1
-    """Of that arithmetic; see reduce.VERSIONS."""
+    """Of that arithmetic; see reduce.version_of."""
 
     @property
     def digest(self) -> str:

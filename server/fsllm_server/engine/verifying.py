@@ -26,7 +26,7 @@ from fsllm_server.engine.manifests import links
 from fsllm_server.engine.reducing import installed_algorithm, open_updates, recorded_uploads, weigh
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Commit, Run, Update, Version
-from fsllm_server.reduce import VERSIONS, Stopped
+from fsllm_server.reduce import Stopped, version_of
 from fsllm_server.store.blobs import Blobs, StoredVersion
 from fsllm_server.store.events import Entry
 from fsllm_server.store.spools import Spools
@@ -176,7 +176,7 @@ class Verification:
         from fsllm_server.reduce.sink import Digests
 
         reducer, then = commit.version.reducer, commit.version.reducer_version
-        if (now := VERSIONS.get(reducer, 1)) != then:
+        if (now := version_of(reducer)) != then:
             return f"its uploads are kept, but it was made by {reducer} {then}; this fsllm has {reducer} {now}"
         try:
             algorithm = installed_algorithm(run.plan.algorithm.name)(run.plan)

@@ -3,10 +3,12 @@
 from typing import Final
 
 VERSIONS: Final = {"layers": 2}
-"""Of the reducers' arithmetic, 1 where not said: a change by which the same updates give other bits raises it.
+"""layers 1 began from a version as it was published, not from its master."""
 
-layers 1 began from a version as it was published, not from its master.
-"""
+
+def version_of(reducer: str) -> int:
+    """Return the version of a reducer's arithmetic: a change by which the same updates give other bits raises it."""
+    return VERSIONS.get(reducer, 1)
 
 
 class Stopped(Exception):
