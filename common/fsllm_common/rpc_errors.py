@@ -33,6 +33,9 @@ _UNTYPED: Final[dict[grpc.StatusCode, str]] = {
 _BROKEN: Final = ("Internal error from Core", "RST_STREAM")
 """In the text of an INTERNAL that gRPC makes of a connection that broke under a call's hands."""
 
+_TOO_LARGE: Final = "larger than max"
+"""In the text of a RESOURCE_EXHAUSTED that gRPC makes of a message beyond an end's limit: it will be as large again."""
+
 
 class AioContext(Protocol):
     """The part of an aio servicer context that ends a call."""
@@ -73,6 +76,8 @@ def error_from(error: grpc.RpcError, peer: str = "the server") -> FsllmError:
     if info.domain != ERROR_DOMAIN:
         if code is grpc.StatusCode.INTERNAL and any(words in text for words in _BROKEN):
             code = grpc.StatusCode.UNAVAILABLE
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in text:
+            return _make("MESSAGE_INVALID", f"{peer}: {text}", "Send, or ask for, less in one message.", None)
         return _make(_UNTYPED.get(code, "INTERNAL"), f"{peer}: {text}", None, None)
     delay = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
     if info.reason not in REASONS:

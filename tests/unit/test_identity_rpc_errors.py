@@ -59,6 +59,31 @@ async def test_an_error_survives_the_wire(error: FsllmError) -> None:
     assert isinstance(back, Unavailable if error.reason in ("BUSY", "DISK_FULL") else Refused)
 
 
+async def test_a_message_that_is_too_large_is_not_sent_for_ever() -> None:
+    """By either end's limit, gRPC says what it also says of a server that is full."""
+
+    class Generous(Thrower):
+        async def Renew(self, request: federation_pb2.RenewRequest, context: Any) -> federation_pb2.RenewResponse:  # noqa: ANN401, N802 (gRPC's)
+            return federation_pb2.RenewResponse(certificate_chain=b"x" * 5000)
+
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1000)])
+    federation_pb2_grpc.add_FederationServiceServicer_to_server(Generous(None), server)  # type: ignore[abstract]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        limit = [("grpc.max_receive_message_length", 1000)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=limit) as channel:
+            renew = federation_pb2_grpc.FederationServiceStub(channel).Renew
+            for request in (federation_pb2.RenewRequest(csr=b"x" * 2000), federation_pb2.RenewRequest()):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await renew(request, timeout=10)
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                error = error_from(caught.value)
+                assert (error.reason, type(error)) == ("MESSAGE_INVALID", Refused)
+    finally:
+        await server.stop(None)
+
+
 async def test_a_very_long_message_still_arrives() -> None:
     _, back = await through_the_wire(FsllmError("PLAN_INVALID", "x" * 100_000, cure="ü" * 100_000))
     assert back.reason == "PLAN_INVALID"
