@@ -38,6 +38,11 @@ NAMES: Final = frozenset(
         "event.append",
         "event.appended",
         "receipt.send",
+        "receipt.sent",
+        # Every transaction of the server's database, and every answer to a call that is no stream.
+        "database.commit",
+        "database.committed",
+        "answer.send",
         # The site: its ledger of privacy, and the receipt.
         "ledger.sync",
         "ledger.synced",

@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from fsllm_common import __version__
 from fsllm_common.errors import FsllmError, SettingsInvalid
+from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, sync_folder, write_atomic
 from fsllm_server.engine.replaying import replay
 from fsllm_server.engine.state import Run
@@ -250,6 +251,7 @@ def _fresh(target: Path) -> Iterator[IO[bytes]]:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
+                reach("file.sync")
                 os.fsync(file.fileno())
             sync_folder(target.absolute().parent)
     except BaseException:
@@ -345,6 +347,7 @@ def _write(archive: Path, member: tarfile.TarInfo, content: IO[bytes], state: Pa
             digest.update(data)
             out.write(data)
         out.flush()
+        reach("file.sync")
         os.fsync(out.fileno())
     return digest.hexdigest()
 

@@ -288,7 +288,7 @@ def test_manifests_made_to_fill_memory(server: ServerProcess) -> None:
     # A message beyond gRPC's own limit of 4 MiB does not get in at all.
     upload = peer.upload()
     upload.put(bytes(5 * MIB))
-    assert reason_of(upload.error()) == "BUSY"
+    assert reason_of(upload.error()) == "MESSAGE_INVALID"
     assert process.memory_info().rss - resident < 160 * MIB
     honest = Tensors.make(server.state.parent, 0.25, elements=10)
     assert not peer.deliver(order, honest).duplicate

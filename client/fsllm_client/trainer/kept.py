@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fsllm_client.trainer.tensor_files import read_tensors, write_tensors
+from fsllm_common.failpoints import reach
 from fsllm_common.files import disk_errors, sync_folder
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class Kept:
         """
         if self.awaits(round_number):
             with disk_errors(self.folder):
+                reach("file.rename")
                 self._waiting(round_number).replace(self._file(round_number))
+                reach("file.renamed")
                 sync_folder(self.folder)
 
     def _rounds(self) -> list[int]:

@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fsllm_common.errors import FsllmError, Refused
+from fsllm_common.failpoints import reach
 from fsllm_common.rpc_errors import abort
 from fsllm_common.telemetry.logs import get_logger
 from fsllm_common.telemetry.metrics import ServerMetrics
@@ -96,7 +97,9 @@ class Boundary(grpc.aio.ServerInterceptor):
             async with self._bounded(method, context):
                 result = inner(decode(request), context)
                 if not isinstance(result, AsyncGenerator):
-                    return await result
+                    answer = await result
+                    reach("answer.send")
+                    return answer
                 # Written here, not yielded to gRPC, so that whatever ends the call ends it inside this boundary.
                 opened = False
                 async with aclosing(result) as responses:

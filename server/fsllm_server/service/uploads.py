@@ -100,6 +100,7 @@ class Uploads:
                 self._metrics.upload_bytes.observe(receipt.payload_bytes)
             reach("receipt.send")
             yield UploadResponse(receipt=receipt)
+            reach("receipt.sent")
         finally:
             self._forget(own, call)
 

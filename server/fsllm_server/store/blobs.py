@@ -128,6 +128,7 @@ class BlobWriter:
             with (self._new / "manifest").open("wb") as file:
                 file.write(self._manifest.SerializeToString(deterministic=True))
                 file.flush()
+                reach("blob.sync")
                 os.fsync(file.fileno())
             sync_folder(self._new)
             reach("blob.synced")

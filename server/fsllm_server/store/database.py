@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlch
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fsllm_common.errors import FsllmError, SettingsInvalid, Unavailable
+from fsllm_common.failpoints import reach
 from fsllm_server.store.schema import REVISIONS
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Database:
             FsllmError: DISK_FULL, STATE_CORRUPT.
 
         """
-        return self._writer.submit(self._transact, work).result()
+        return self._writer.submit(self._commit, work).result()
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in one transaction on the writing thread; it is durable when this returns.
@@ -71,7 +72,7 @@ class Database:
             FsllmError: DISK_FULL, STATE_CORRUPT.
 
         """
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, work)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._commit, work)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run ``work``, which only reads, on some other thread."""
@@ -81,6 +82,16 @@ class Database:
         """Finish what is queued and close every connection."""
         self._writer.shutdown()
         self.engine.dispose()
+
+    def _commit(self, work: Callable[[Connection], T]) -> T:
+        def last(connection: Connection) -> T:
+            result = work(connection)
+            reach("database.commit")
+            return result
+
+        result = self._transact(last)
+        reach("database.committed")
+        return result
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
         try:

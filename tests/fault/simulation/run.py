@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,7 +19,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from simulation import checker
-from simulation.script import Rough
+from simulation.script import Arm, Rough
 from simulation.seams import silenced, virtual
 from simulation.world import World
 
@@ -43,17 +43,18 @@ def _warm_up() -> None:
     _play(0, verbose=False)
 
 
-def play(seed: int, *, verbose: bool = False, rough: Rough = "") -> Outcome:
-    """Play one seed and check it."""
+def play(seed: int, *, verbose: bool = False, rough: Rough = "", arms: Sequence[Arm] = ()) -> Outcome:
+    """Play one seed, perhaps with more failpoints armed than its script has, and check it."""
     _warm_up()
-    return _play(seed, verbose=verbose, rough=rough)
+    return _play(seed, verbose=verbose, rough=rough, arms=arms)
 
 
-def _play(seed: int, *, verbose: bool, rough: Rough = "") -> Outcome:
+def _play(seed: int, *, verbose: bool, rough: Rough = "", arms: Sequence[Arm] = ()) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="fsllm-simulation-", dir="/dev/shm"))
     hook = sys.unraisablehook
     try:
         world = World(seed, folder, verbose=verbose, rough=rough)
+        world.script.arms += arms
         with virtual(world):
             found = checker.Checker(world)
             world.play()

@@ -29,10 +29,13 @@ SERVER_POINTS = (
     "blob.renamed",
     "event.append",
     "event.appended",
+    "database.commit",
     "database.committed",
     "receipt.send",
+    "receipt.sent",
+    "answer.send",
 )
-OWN_POINTS = frozenset({"database.committed", "upload.begin", "upload.chunk"})
+OWN_POINTS = frozenset({"upload.begin", "upload.chunk"})
 """Failpoints that are the simulation's own: it stands in for the code around them."""
 SITE_POINTS = (
     "file.sync",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from fsllm_common.errors import Refused, Unavailable
+from fsllm_common.failpoints import reach
 from fsllm_common.identity.names import Member, Role
 from fsllm_server.engine.engine import Engine
 from fsllm_server.service.attach import Attachments
@@ -90,8 +91,9 @@ class Log:
             process = CURRENT.get()
             if process is not None and process.full_until > self._world.loop.now:
                 raise Unavailable("DISK_FULL", "no space left for the database", retry_after=30)
+            reach("database.commit")
             work()
-            self._world.reached("database.committed")
+            reach("database.committed")
 
         await asyncio.get_running_loop().run_in_executor(None, transact)
 
