@@ -80,7 +80,12 @@ def test_what_a_release_speaks_is_still_understood(image: Path, tmp_path: Path) 
         ("tensors.proto", "bytes data = 3;", "bytes payload = 3;", "changed name"),
         ("federation.proto", "bool duplicate = 3;", "bool duplicate = 4;", '"duplicate" on message "Receipt"'),
         ("control.proto", "RUN_STATUS_PAUSED = 2;", "RUN_STATUS_HELD = 2;", "RUN_STATUS_PAUSED"),
-        ("federation.proto", "rpc UploadStatus(UploadStatusRequest) returns (UploadStatusResponse);", "", "UploadStatus"),
+        (
+            "federation.proto",
+            "rpc UploadStatus(UploadStatusRequest) returns (UploadStatusResponse);",
+            "",
+            "UploadStatus",
+        ),
     ],
 )
 def test_a_change_that_a_release_would_not_understand_is_found(

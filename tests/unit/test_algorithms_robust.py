@@ -251,6 +251,19 @@ def test_norms_are_bounded() -> None:
     assert shares_of(made("norm-bound", bound=1e6), rows) == [0.25] * 4
 
 
+@pytest.mark.parametrize("first", [0.1, 0.9, 1.1, 10.0])
+def test_the_running_bound_finds_the_median_norm_from_wherever_it_begins(first: float) -> None:
+    """Norms around 1, but other ones in the first rounds: a bound that moves the wrong way is lost for ever."""
+    rule, random = made("norm-bound", bound="running-median"), np.random.default_rng(0)
+    for round_ in range(60):
+        norms = np.exp(random.standard_normal(30)) * (first if round_ < 5 else 1.0)
+        shares = shares_of(rule, norms[:, None])
+    kept = [share * 30 * norm for share, norm in zip(shares, norms, strict=True)]
+    assert max(kept) == pytest.approx(1.0, rel=0.08)
+    assert min(share * 30 for share in shares) < 0.5
+    assert sum(share * 30 == 1 for share in shares) > 8
+
+
 def test_fltrust_by_its_formula() -> None:
     rows = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 5.0], [-3.0, -1.0], [0.0, 0.0]])
     root = rows[0]

@@ -46,11 +46,14 @@ def refusal(name: str, quorum: int = 100, kind: str = "ia3", **parameters: Any) 
         ("bulyan", {"byzantine": 2}, 11),
         ("trimmed-mean", {"trim": 0.3}, 4),
         ("fltrust", {}, 2),
+        ("median", {}, 3),
+        ("geometric-median", {}, 3),
+        ("centred-clipping", {}, 3),
     ],
 )
 def test_a_quorum_too_small_for_the_rule_is_refused(name: str, parameters: dict[str, Any], least: int) -> None:
     assert refusal(name, least, **parameters) == ""
-    assert "cohort.quorum, algorithm.parameters" in refusal(name, least - 1, **parameters)
+    assert "cohort.quorum, cohort.buffer, algorithm.parameters" in refusal(name, least - 1, **parameters)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])

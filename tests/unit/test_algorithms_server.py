@@ -134,6 +134,19 @@ def test_fedyogi_grows_by_its_share_of_the_square_until_it_is_there() -> None:
     np.testing.assert_allclose(down[1] - down[0], 0.1 / (second**0.5 + 1e-3), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fedyogi", "fedadagrad"])
+def test_the_second_moment_is_of_the_delta_not_of_the_first_moment(name: str) -> None:
+    """Of a constant delta, as above; the square of the momentum instead is a defect of OpenFedLLM's."""
+    beta1, tau, rate, d = 0.8, 1e-3, 0.1, 0.1
+    more = {"beta2": 0.9} if name == "fedyogi" else {}
+    got = play(plan(name, rate, beta1=beta1, tau=tau, **more), np.zeros(3, np.float32), [np.full(3, d, np.float32)] * 5)
+    x = 0.0
+    for t, version in enumerate(got, start=1):
+        second = tau**2 + t * d**2 * (0.1 if name == "fedyogi" else 1.0)
+        x += rate * d * (1 - beta1**t) / (second**0.5 + tau)
+        np.testing.assert_allclose(version, x, rtol=1e-5)
+
+
 def test_momentum_begins_with_the_whole_delta() -> None:
     """Not with (1 - beta) of it: an average of deltas is no momentum (a defect of OpenFedLLM's)."""
     base, means = deltas()

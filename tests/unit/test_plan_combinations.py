@@ -172,9 +172,9 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"algorithm": {"name": "krum"}, "cohort": {"quorum": 5}},
     ),
     (
-        {"algorithm": {"name": "median"}},
+        {"algorithm": {"name": "median"}, "cohort": {"quorum": 3}},
         "freeze_a: true",
-        {"algorithm": {"name": "median", "parameters": {"freeze_a": True}}},
+        {"algorithm": {"name": "median", "parameters": {"freeze_a": True}}, "cohort": {"quorum": 3}},
     ),
     (
         {"algorithm": {"name": "krum", "parameters": {"freeze_a": True, "byzantine": 0}}, "cohort": {"quorum": 3}}
@@ -257,7 +257,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"cohort": {"buffer": {"size": 2}}, "algorithm": {"name": "ffa-lora"}},
     ),
     (
-        {"algorithm": {"name": "median"}, "adapter": {"kind": "ia3"}, "cohort": {"buffer": {"size": 2}}},
+        {"algorithm": {"name": "median"}, "adapter": {"kind": "ia3"}, "cohort": {"buffer": {"size": 3}}},
         "would count like a fresh one",
         {"algorithm": {"name": "norm-bound"}, "adapter": {"kind": "ia3"}, "cohort": {"buffer": {"size": 2}}},
     ),
@@ -297,14 +297,29 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"algorithm": {"name": "pfedme"}, "train": {**PLAIN, "learning_rate": 0.1}},
     ),
     (
-        {"algorithm": {"name": "geometric-median", "weighting": "tokens"}},
+        {"algorithm": {"name": "geometric-median", "weighting": "tokens"}, "cohort": {"quorum": 3}},
         "decides itself what an update counts for",
-        {"algorithm": {"name": "geometric-median", "weighting": "uniform"}},
+        {"algorithm": {"name": "geometric-median", "weighting": "uniform"}, "cohort": {"quorum": 3}},
     ),
     (
-        {"algorithm": {"name": "geometric-median", "weighting": "examples"}},
+        {"algorithm": {"name": "geometric-median", "weighting": "examples"}, "cohort": {"quorum": 3}},
         "decides itself what an update counts for",
-        {"algorithm": {"name": "geometric-median"}, "pipeline": [CLIP, NOISE]},
+        {"algorithm": {"name": "geometric-median"}, "pipeline": [CLIP, NOISE], "cohort": {"quorum": 3}},
+    ),
+    (
+        {"pipeline": [CLIP, NOISE], "algorithm": UNIFORM, "train": {"steps": None, "epochs": 1}},
+        "tell how many rows a site has",
+        {"pipeline": [CLIP, NOISE], "algorithm": UNIFORM, "train": {"steps": 3}},
+    ),
+    (
+        {"algorithm": {"name": "median"}, "adapter": {"kind": "vera"}, "cohort": {"quorum": 3}},
+        "two vectors that multiply each other",
+        {"algorithm": {"name": "geometric-median"}, "adapter": {"kind": "vera"}, "cohort": {"quorum": 3}},
+    ),
+    (
+        {"algorithm": {"name": "geometric-median"}, "cohort": {"buffer": {"size": 2}}},
+        "could not withstand bad ones",
+        {"algorithm": {"name": "geometric-median"}, "cohort": {"quorum": 3, "buffer": {"size": 3}}},
     ),
     ({"rounds": 100_000}, "at most 99999", {"rounds": 99_999}),
     (

@@ -1,9 +1,10 @@
 """What an algorithm is: a server half that is pure numpy, and a client half of hooks around an ordinary training loop.
 
 Both halves of a method stand in one file of this package (or of a third party's, registered under the entry point group
-``fsllm.algorithms``). The names of the server half are the paper's (FederatedScope-LLM, arXiv 2309.00363): ``prepare``,
-``broadcast`` (done by the engine from what ``prepare`` returns), ``aggregate`` (``weigh`` and ``apply`` around the
-engine's reducer) and ``redistribute``.
+``fsllm.algorithms``). What the interface of FederatedScope-LLM (arXiv 2309.00363) calls prepare is ``extra`` and
+``state`` here; its phases are ``moving``, ``trained`` and ``in_pairs``; aggregate is ``weigh``, the reducer with
+``combine`` or ``combine_layer``, and ``apply``; redistribute is ``part`` and ``remade``: members fetch the parts that
+they do not have, of their own rank.
 
 What travels is data, not code: each tensor has a role, ``part`` says which part of a version tensors of a role are in,
 and ``moving`` which parts a round changes. Sites train and send the tensors of the moving parts, and fetch only parts

@@ -41,6 +41,10 @@ class CentredClipping(Robust):
     parameters: CentredClippingParameters
     needs_products = True
 
+    def least_updates(self) -> int:
+        """Return 3: of two neither can be told from the other."""
+        return 3
+
     def weigh_by_products(self, updates: Sequence[Update], products: npt.NDArray[np.float64]) -> list[float]:
         """Return the updates' shares in v; the rest of it is 0, where it began."""
         from fsllm_common.algorithms import geometry

@@ -41,6 +41,10 @@ class GeometricMedian(Robust):
     parameters: GeometricMedianParameters
     needs_products = True
 
+    def least_updates(self) -> int:
+        """Return 3: of two neither can be told from the other."""
+        return 3
+
     def weigh_by_products(self, updates: Sequence[Update], products: npt.NDArray[np.float64]) -> list[float]:
         """Return the last iteration's w_k / sum_k w_k, times what an update was shortened by."""
         from fsllm_common.algorithms import geometry

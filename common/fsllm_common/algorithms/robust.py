@@ -59,6 +59,12 @@ class Robust(FedAvg):
             "can be exchanged by a rotation: say algorithm.parameters.freeze_a: true, which trains and sends B alone",
         ),
         Refusal(
+            "algorithm.name, adapter.kind",
+            lambda method: method.plan.adapter.kind == "vera" and method.coordinatewise,
+            "VeRA trains two vectors that multiply each other, so that sites that have learned the same can have other "
+            "values in both: take an adapter of another kind, or a rule that looks at whole updates (multi-krum)",
+        ),
+        Refusal(
             "algorithm.parameters.freeze_a, adapter.kind",
             lambda method: method.plan.adapter.kind not in FACTORS and method.parameters.freeze_a,
             "this kind has no A to freeze: leave freeze_a out",

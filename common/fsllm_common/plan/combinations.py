@@ -86,6 +86,11 @@ def weighting(plan: Plan) -> str:
     return "uniform" if algorithm_class(plan.algorithm.name).uniform else plan.algorithm.weighting
 
 
+def fewest_updates(plan: Plan) -> int:
+    """Return of how many updates a version may be made."""
+    return plan.cohort.buffer.size if plan.cohort.buffer is not None else plan.cohort.quorum
+
+
 def _gains_parts(plan: Plan) -> bool:
     """Tell whether each round's version has a part more than the one before."""
     if (method := method_of(plan)) is None:
@@ -340,6 +345,11 @@ REFUSED: Final[tuple[Combination, ...]] = (
         "say algorithm.weighting: uniform",
     ),
     Combination(
+        "pipeline, train.epochs",
+        lambda p: bool(noises(p)) and p.train.epochs is not None,
+        "the steps of so many passes tell how many rows a site has, which the noise does not cover: say train.steps",
+    ),
+    Combination(
         "pipeline",
         lambda p: any(not MULTIPLIERS[0] <= noise.multiplier <= MULTIPLIERS[1] for noise in noises(p)),
         f"a noise's multiplier is {MULTIPLIERS[0]:g} to {MULTIPLIERS[1]:g}: less hides nothing, more leaves nothing",
@@ -350,10 +360,11 @@ REFUSED: Final[tuple[Combination, ...]] = (
         "the server would refuse updates that the clip lets through: raise max_update_norm or lower the clip's norm",
     ),
     Combination(
-        "cohort.quorum, algorithm.parameters",
-        lambda p: (method := method_of(p)) is not None and p.cohort.quorum < method.least_updates(),
+        "cohort.quorum, cohort.buffer, algorithm.parameters",
+        lambda p: (method := method_of(p)) is not None and fewest_updates(p) < method.least_updates(),
         "a round of so few updates could not withstand bad ones: krum and multi-krum need 2 byzantine + 3 (multi-krum "
-        "also byzantine + selected), bulyan 4 byzantine + 3, trimmed-mean 1 / trim, fltrust 2: raise the quorum",
+        "also byzantine + selected), bulyan 4 byzantine + 3, trimmed-mean 1 / trim, median, geometric-median and "
+        "centred-clipping 3, fltrust 2: raise the quorum, or the buffer's size",
     ),
     Combination(
         "algorithm.name, train.optimizer, train.weight_decay, train.max_grad_norm",

@@ -61,7 +61,7 @@ class Adapter(Section):
     )
     ranks: tuple[PositiveInt, ...] = Field(
         default=(),
-        description="Smaller ranks that sites may have instead, by their policy's max_rank: for methods that can "
+        description="Smaller ranks that sites may have instead, by their policy's maximum_rank: for methods that can "
         "aggregate different ones.",
     )
     alpha: PositiveFloat = Field(default=16, description="LoRA's alpha; the scale is alpha / rank.")
