@@ -145,6 +145,9 @@ def tables() -> Iterator[str]:
         ]
         yield f"### {title}\n\n{what}\n"
         yield _markdown(("`algorithm.name`", "method and source", "the server keeps", "rate"), rows)
+    yield "### Not as in their papers\n"
+    departing = [(name, (cell(method.departs),)) for name, method in methods if method.departs]
+    yield _markdown(("", "what is otherwise, and why"), _together(departing))
     trained = [(name, method) for name, method in methods if method.needs_trainer]
     yield "## What travels\n"
     yield (

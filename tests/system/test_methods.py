@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.system.harness import ServerProcess
+from tests.system.harness import CALL_SECONDS, ServerProcess
 from tests.system.plain_peft import measure, validation
-from tests.system.runs import await_done, submit
+from tests.system.runs import await_done, submit, until
 from tests.system.site_process import SiteProcess
 
-from fsllm.v1.control_pb2 import Run
+from fsllm.v1.control_pb2 import CancelRunRequest, GetRunRequest, Run
 from fsllm_bench.embedded.tasks import write_federation
 from fsllm_common.algorithms import algorithm_class, algorithm_names
 from fsllm_common.plan import Plan
@@ -67,13 +67,13 @@ def make_plan(name: str, **sections: dict[str, Any]) -> dict[str, Any]:
     return plan | {key: {**plan[key], **value} for key, value in sections.items()}
 
 
-def losses(run: Run, sites: int = len(SITES)) -> list[float]:
-    """Return the sites' mean loss after each round, from version 0 on."""
+def losses(run: Run, members: int = len(SITES), role: str = "site") -> list[float]:
+    """Return the mean loss of the members of a role after each round, from version 0 on."""
     found = []
     for commit in run.commits:
-        measured = [member for member in commit.metrics if member.role == "site"]
+        measured = [member for member in commit.metrics if member.role == role]
         metrics = [metric for member in measured for metric in member.metrics if metric.name == "loss"]
-        assert len(metrics) == sites
+        assert len(metrics) == members
         found.append(sum(m.value * m.weight for m in metrics) / sum(m.weight for m in metrics))
     return found
 
@@ -92,7 +92,7 @@ def verify(server: ServerProcess, run: str) -> list[dict[str, Any]]:
 
 TWO_RANKS: dict[str, Any] = {"rank": 8, "alpha": 8, "ranks": [4]}
 
-PLAIN_SGD = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
+PLAIN_SGD = {"optimizer": "sgd", "learning_rate": 0.4, "max_grad_norm": 0}
 ZEROTH = {"optimizer": "sgd", "learning_rate": 0.002, "max_grad_norm": 0, "steps": 16}
 FROZEN = {"parameters": {"freeze_a": True}}
 # These need three updates where none of them is bad. What they do about bad ones: unit/test_algorithms_robust_runs.py.
@@ -177,12 +177,16 @@ def test_a_method_lowers_the_loss_and_every_round_is_recomputed(name: str, serve
     wanted = [[], *[[*plan.cohort.sites, *trusted]] * 2]
     assert [sorted(c.member for c in commit.contributions) for commit in run.commits][1:] == wanted[1:]
     found = losses(run, len(plan.cohort.sites))
-    assert found[-1] < found[0] - 1e-3, found
+    least = 0.95 if METHODS[name].get("train") == ZEROTH else 0.75
+    assert found[-1] < least * found[0], found
     assert [line["verdict"] for line in verify(server, run.run_id)] == ["recomputed"] * 3
     # Who measures a held-out file has something to measure only where there is one model.
     (judge,) = [member for member in run.members if member.name == "judge"]
     personalised = algorithm_class(plan.algorithm.name)(plan).personalised
     assert (judge.standing == "declined") is personalised
+    if not personalised:
+        held_out = losses(run, 1, "evaluator")
+        assert held_out[-1] < least * held_out[0], held_out
 
 
 @pytest.mark.parametrize("name", ["ditto", "fedsa-lora"])
@@ -204,6 +208,26 @@ def test_a_sites_own_adapter_is_exported_by_itself(name: str, server: ServerProc
         assert measure(tmp_path / site, validation(state.with_name(f"{site}.jsonl"), plan)) == pytest.approx(
             loss, rel=1e-4
         )
+
+
+def test_a_site_that_joins_late_has_all_that_the_base_has_gained(server: ServerProcess, tmp_path: Path) -> None:
+    """Of a ledger that was compressed before it came."""
+    algorithm = {"parameters": {"ledger_rank": 10}}
+    plan = make_plan("flora", algorithm=algorithm, cohort={"sites": None, "quorum": 2}) | {"name": "late", "rounds": 99}
+    run = submit(server, plan)
+    until(server, run, "commit", "2")
+    rows = tmp_path / "late.jsonl"
+    rows.write_text((server.state.with_name(f"{SITES[0]}.jsonl")).read_text())
+    with SiteProcess(server, tmp_path / "latecomer", rows):
+        counted = until(server, run, "update", "latecomer").round
+        until(server, run, "commit", str(counted))
+        server.control().CancelRun(CancelRunRequest(run_id=run), timeout=CALL_SECONDS)
+        commit = server.control().GetRun(GetRunRequest(run_id=run), timeout=CALL_SECONDS).run.commits[counted]
+    losses = {member.member: m.value for member in commit.metrics for m in member.metrics if m.name == "loss"}
+    # The same rows, and the same model: it measures what a site measures that was there from the beginning.
+    assert losses["latecomer"] == pytest.approx(losses[SITES[0]], rel=1e-4)
+    assert losses["latecomer"] < 9
+    assert verify(server, run)[counted]["verdict"] == "recomputed"
 
 
 def test_a_ledger_is_exported_as_one_adapter(server: ServerProcess, tmp_path: Path) -> None:

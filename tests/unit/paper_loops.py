@@ -75,6 +75,11 @@ def fednova(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kep
     return _minus(y, x), lambda version: version
 
 
+def fedprox(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kept: Kept) -> Outcome:
+    # FedNova's loop: what a site does is the same, and only what its update counts for is not.
+    return fednova(site, batches, x, extra, kept)
+
+
 def ditto(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kept: Kept) -> Outcome:
     w, v = x, kept.get("v", x)
     for _ in range(STEPS):
@@ -312,6 +317,7 @@ CASES: dict[str, tuple[Callable[..., Outcome], str, dict[str, Any]]] = {
     "scaffold-steps": (scaffold_steps, "scaffold", {"estimate": "steps"}),
     "scaffold-gradient": (scaffold_gradient, "scaffold", {}),
     "fednova": (fednova, "fednova", {"mu": 0.3}),
+    "fedprox": (fedprox, "fedprox", {"mu": 0.3}),
     "ditto": (ditto, "ditto", {"pull": 0.5, "steps": 2}),
     "pfedme": (pfedme, "pfedme", {"pull": 0.7, "inner_steps": 2, "inner_learning_rate": 0.1}),
     "apfl": (apfl, "apfl", {"alpha": 0.6}),

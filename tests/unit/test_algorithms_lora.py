@@ -224,7 +224,7 @@ def test_memory_is_that_of_one_module(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # One module's factors of all sites are 4 MiB in float64, and a decomposition holds a few copies of them.
-    assert peak < 40 * 2**20, peak / 2**20
+    assert peak < 24 * 2**20, peak / 2**20
 
 
 def test_only_what_changes_is_fetched_again(tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_a_made_up_delta_is_what_it_says_in_every_wire_type(tmp_path: Path, kind
     assert all(bool(np.all(array == np.float32(value))) for array in decode(manifest, tmp_path / "delta").values())
 
 
+@pytest.mark.parametrize(("kind", "width"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
+def test_a_trained_adapter_is_narrowed_on_the_wire_whatever_its_tensors_are_called(
+    tmp_path: Path, kind: str, width: int
+) -> None:
+    """FederatedScope narrows tensors that are called fc or conv only, and so nothing of a LoRA."""
+    names = [f"model.layers.{at}.{module}.lora_{key}.weight" for at in (0, 1) for module in "qv" for key in "AB"]
+    arrays = {name: np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6) for name in names}
+    save_arrays(arrays, tmp_path / "delta", durable=False)
+    manifest, _ = payloads.encode_delta(tmp_path / "delta", plan(kind), tmp_path / "payload")
+    assert manifest.payload_bytes == (tmp_path / "payload").stat().st_size == len(names) * 24 * width
+    for name, array in decode(manifest, tmp_path / "payload").items():
+        np.testing.assert_allclose(array, arrays[name], atol=2**-8)
+
+
 def test_sites_and_rounds_have_different_deltas_and_seeds_different_beginnings(tmp_path: Path) -> None:
     values = [synthetic.delta_value(site, round_) for site in ("a", "b", "c") for round_ in range(1, 9)]
     assert all(0 < value <= 1 for value in values)

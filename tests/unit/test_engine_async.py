@@ -93,8 +93,28 @@ async def test_what_is_too_stale_is_withdrawn(tmp_path: Path) -> None:
         assert all(round_ >= slow.of("train")[1].round for round_ in counted)
 
 
-async def test_rounds_of_single_updates_are_recomputed(tmp_path: Path) -> None:
-    plan = make_plan(rounds=3, algorithm={"weighting": "uniform"}, cohort={"quorum": 1, "buffer": {"size": 1}})
+def stepped(name: str, deltas: list[float]) -> float:
+    """Return where the server's steps lead from 0 by their papers' formulas, at rate 0.1 and the default betas."""
+    x = m = 0.0
+    v = 1e-6
+    for delta in deltas:
+        m = {"fedavgm": 0.9 * m + delta, "fedadam": 0.9 * m + 0.1 * delta, "fedyogi": 0.9 * m + 0.1 * delta}.get(
+            name, delta
+        )
+        if name == "fedadam":
+            v = 0.99 * v + 0.01 * delta**2
+        elif name == "fedyogi":
+            v -= 0.01 * delta**2 * np.sign(v - delta**2)
+        elif name == "fedadagrad":
+            v += delta**2
+        x += 0.1 * (m / (v**0.5 + 1e-3) if name in ("fedadam", "fedyogi", "fedadagrad") else m)
+    return x
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"])
+async def test_versions_of_single_updates_are_the_servers_steps_and_recomputed(tmp_path: Path, name: str) -> None:
+    algorithm = {"name": name, "weighting": "uniform", "server_learning_rate": 0.1}
+    plan = make_plan(rounds=3, algorithm=algorithm, cohort={"quorum": 1, "buffer": {"size": 1, "weight": "constant"}})
     async with Server(tmp_path) as server:
         members = [Member(server, name).attach() for name in ("a", "b")]
         run = await server.engine.submit(plan, "1")
@@ -102,4 +122,6 @@ async def test_rounds_of_single_updates_are_recomputed(tmp_path: Path) -> None:
         assert [len(commit.contributions) for commit in done.commits] == [1, 1, 1, 1]
         findings = [f.finding async for f in server.engine.verify(run, None) if f.finding.manifest.round]
         assert {(f.manifest.round, tuple(f.problems), f.note) for f in findings} == {(r, (), "") for r in (1, 2, 3)}
-        assert members
+        values = {member.name: member.value for member in members}
+        sent = [values[commit.contributions[0].member] for commit in done.commits[1:]]
+        assert value_of(server, run) == pytest.approx(stepped(name, sent), rel=1e-5)

@@ -116,6 +116,8 @@ class Algorithm(ABC):
     """What a plan may not combine with this method."""
     warns: ClassVar[tuple[Refusal, ...]] = ()
     """What it may, though its author should know."""
+    departs: ClassVar[str] = ""
+    """Where it is not as its paper has it, and why: for whoever chooses it."""
     adapter_kinds: ClassVar[tuple[str, ...] | None] = None
     """The kinds of adapter that it goes with; None: any."""
     needs_layers: bool = False

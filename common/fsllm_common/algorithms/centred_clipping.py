@@ -37,6 +37,10 @@ class CentredClipping(Robust):
     """Shares by which the sum is the last v."""
 
     name: ClassVar[str] = "centred-clipping"
+    departs = (
+        "v begins with 0 in each round and is iterated, where the paper's begins with the last round's: cohorts "
+        "change in between"
+    )
     parameters_type = CentredClippingParameters
     parameters: CentredClippingParameters
     needs_products = True

@@ -134,6 +134,7 @@ class FedALT(FedAvg):
     """The mean of the sites' LoRAs themselves, and how many they were."""
 
     name: ClassVar[str] = "fedalt"
+    departs = "sites are sent the mean of all, and take their own part out themselves, so that all are sent the same"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
     local_rule = RestOfWorld
     uniform = True

@@ -86,6 +86,7 @@ class FedASK(FedAvg):
     """Sketches in place of factors."""
 
     name: ClassVar[str] = "fedask"
+    departs = "made from the paper's two exchanges; a step takes two rounds of the run"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
     parameters_type = AskParameters
     parameters: AskParameters

@@ -139,6 +139,10 @@ class FedKSeed(Rebuilt):
     """The weighted mean of the sums."""
 
     name: ClassVar[str] = "fedkseed"
+    departs = (
+        "it is the adapter that is trained, not all weights; directions are fair signs, not Gaussian: the same "
+        "bits on every device, and an estimate that varies less"
+    )
     parameters_type = KSeedParameters
     parameters: KSeedParameters
     local_rule = Seeded

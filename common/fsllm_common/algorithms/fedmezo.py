@@ -39,6 +39,7 @@ class FedMeZO(FedAvg):
     """The mean of the sites' deltas."""
 
     name: ClassVar[str] = "fedmezo"
+    departs = "directions are fair signs, not Gaussian: the same bits on every device, and an estimate that varies less"
     parameters_type = MeZOParameters
     local_rule = MeZO
 

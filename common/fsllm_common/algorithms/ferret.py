@@ -81,6 +81,11 @@ class Ferret(Rebuilt):
     """The weighted mean of the coordinates."""
 
     name: ClassVar[str] = "ferret"
+    departs = (
+        "bases of fair signs, not of truncated normal numbers; one seed a round for all sites, so that "
+        "coordinates can be added up; coordinates shared out by the tensors' sizes, where the authors' code looks "
+        "at norms; no momentum at the server"
+    )
     parameters_type = FerretParameters
     parameters: FerretParameters
     local_rule = Projecting

@@ -1,6 +1,6 @@
 """FlexLoRA (Bai et al. 2024, arXiv 2402.11505): W = sum_k p_k s_k B_k A_k, cut by SVD to every site's own rank.
 
-HLoRA (arXiv 2503.00813) is the same rule. The SVD is that of a core of the size of the ranks' sum; W itself is only
+The SVD is that of a core of the size of the ranks' sum; W itself is only
 formed where it is no larger than that core in one of its dimensions.
 """
 
@@ -35,9 +35,3 @@ class FlexLoRA(FedAvg):
             return {}
         wide, tall = truncated_svd(*layer.stacked(), layer.base["A"].shape[0])
         return {"A": tall, "B": wide / layer.scale}
-
-
-class HLoRA(FlexLoRA):
-    """The same under its other name."""
-
-    name: ClassVar[str] = "hlora"

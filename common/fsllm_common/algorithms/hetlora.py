@@ -123,6 +123,7 @@ class HetLoRA(FedAvg):
     """Zero-padding and norm weights."""
 
     name: ClassVar[str] = "hetlora"
+    departs = "nothing is pruned unless prune_penalty says so"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
     parameters_type = HetLoRAParameters
     parameters: HetLoRAParameters

@@ -31,6 +31,7 @@ class LoRAFair(FedAvg):
     """FedIT's bytes, and less of its bias."""
 
     name: ClassVar[str] = "lora-fair"
+    departs = "the correction of B is found in closed form, by ridge regression, where the paper descends on a cosine"
     adapter_kinds: ClassVar[tuple[str, ...] | None] = ("lora", "rslora")
     any_rank: ClassVar[bool] = True
     parameters_type = FairParameters
