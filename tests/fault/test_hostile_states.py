@@ -11,9 +11,11 @@ import pytest
 from tests.fault.messages import GARBAGE, MESSAGES
 from tests.fault.stage import STATES, Stage, outcome
 from tests.system.harness import CALL_SECONDS, reason_of
+from tests.system.peer import Peer
 
 from fsllm.v1 import control_pb2 as control
 from fsllm.v1 import federation_pb2 as pb
+from fsllm.v1.control_pb2 import InviteResponse
 from fsllm_common.errors import REASONS
 
 pytestmark = pytest.mark.slow
@@ -97,6 +99,24 @@ def test_what_an_attached_site_says_of_anothers_order_is_passed_over(stage: Stag
     ):
         assert stage.anna.stream is not None
         stage.anna.stream.put(request)
+
+
+def test_who_enrols_and_attaches_changes_no_run_whatever_its_state(stage: Stage) -> None:
+    """Neither knows of runs, so that one call is made beside a run in each state."""
+    before = {state: stage.log_of(state) for state in STATES}
+    invitation = stage.server.invite("dora")
+    unknown = InviteResponse.FromString(invitation.SerializeToString())
+    unknown.token = f"{invitation.token.partition('.')[0]}.{'0' * 43}"
+    with pytest.raises(grpc.RpcError) as error:
+        stage.server.redeem(unknown)
+    assert reason_of(error.value) == "JOIN_TOKEN_UNKNOWN"
+    dora = Peer(stage.server, stage.server.redeem(invitation))
+    dora.attach()
+    with pytest.raises(grpc.RpcError) as error:
+        stage.server.redeem(invitation)
+    assert reason_of(error.value) == "JOIN_TOKEN_USED"
+    dora.close()
+    assert {state: stage.log_of(state) for state in STATES} == before
 
 
 @pytest.mark.parametrize("request_", [b"", GARBAGE, pb.AttachRequest(hello=pb.Hello(protocol_version=1))])

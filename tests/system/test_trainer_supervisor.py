@@ -255,6 +255,23 @@ async def test_a_worker_that_can_not_start_is_an_error_with_its_log(trainer: Mak
     assert one.log.stat().st_size > 0
 
 
+async def test_a_worker_that_is_slow_to_start_is_waited_for_and_one_that_does_nothing_is_not(
+    trainer: MakeTrainer,
+) -> None:
+    slow = trainer(start_seconds=3.0)
+    await slow.start()  # its imports alone take seconds
+    assert slow.alive
+
+    stuck = trainer(start_seconds=3.0)
+    starting = asyncio.create_task(stuck.start())
+    while stuck._process is None:  # noqa: ASYNC110 (nothing tells of it)
+        await asyncio.sleep(0)
+    os.kill(stuck._process.pid, signal.SIGSTOP)
+    with pytest.raises(TrainingFailed, match="did nothing for 3 s"):
+        await starting
+    assert not stuck.alive
+
+
 async def test_a_state_folder_too_deep_for_a_socket_will_do(tmp_path: Path) -> None:
     state = tmp_path / ("d" * 120)
     state.mkdir()

@@ -17,8 +17,9 @@ from fsllm_bench.peers.environment import Outcome
 from fsllm_bench.report import markdown, write_section
 from fsllm_bench.rounds import measure_rounds, parse_cell
 
-CELLS: Final = ("8x2", "64x2", "64x8")
-ALL: Final = tuple(f"{size}x{sites}" for size in (8, 64, 256) for sites in (2, 4, 8))
+CELLS: Final = tuple(f"{size}x{sites}" for size in (8, 64, 256) for sites in (2, 4, 8))
+ROUNDS: Final = 6
+PEERS_TARGET: Final = "make bench-peers"
 PEERS: Final = {f"NVIDIA FLARE {flare.VERSION}": flare.measure, f"Flower {flower.VERSION}": flower.measure}
 COLUMNS: Final = ("MiB of float32", "sites", "who", "s a round", "times ours", "servers' peak, MiB")
 
@@ -52,23 +53,24 @@ def _seconds(outcome: Outcome) -> float:
 
 @click.command()
 @click.option(
-    "--cell", "cells", multiple=True, default=CELLS, show_default=True, callback=parse_cell, help="MIBxSITES."
+    "--cell",
+    "cells",
+    multiple=True,
+    default=CELLS,
+    show_default=True,
+    callback=parse_cell,
+    help="MIBxSITES; all nine take an hour or two on two cores.",
 )
-@click.option("--all", "everything", is_flag=True, help=f"{', '.join(ALL)}: an hour or two on two cores.")
-@click.option("--rounds", default=4, show_default=True, help="Rounds a peer; the first is not counted.")
+@click.option("--rounds", default=ROUNDS, show_default=True, help="Rounds a peer; the first is not counted.")
 @click.option("--folder", default=".bench-peers", show_default=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, as soon as it is known.")
 @click.option("--write", default=None, type=click.Path(path_type=Path, exists=True), help="The page to write.")
-def main(
-    cells: list[tuple[float, int]], rounds: int, folder: Path, *, everything: bool, as_json: bool, write: Path | None
-) -> None:
+def main(cells: list[tuple[float, int]], rounds: int, folder: Path, *, as_json: bool, write: Path | None) -> None:
     """Measure rounds without training on NVIDIA FLARE and Flower, each right after our own.
 
     The peers are installed in FOLDER, which also holds what they write: 1 GB and their models. FLARE takes ports 8002
     and 8003.
     """
-    if everything:
-        cells = [(float(size), int(sites)) for size, sites in (cell.split("x") for cell in ALL)]
     console = Console(stderr=as_json)
     table = Table(*COLUMNS, title="Rounds without training: the peers")
     bars = Progress(
@@ -97,7 +99,9 @@ def main(
     if not as_json:
         console.print(table)
     if write is not None:
-        write_section(write, "peers", ["make bench-peers"], markdown(COLUMNS, [row.row() for row in rows]))
+        asked = "" if len(cells) == len(CELLS) else "".join(f" --cell {size:g}x{sites}" for size, sites in cells)
+        command = f"python -m fsllm_bench.peers{asked} --rounds {rounds}" if asked or rounds != ROUNDS else PEERS_TARGET
+        write_section(write, "peers", [command], markdown(COLUMNS, [row.row() for row in rows]))
 
 
 if __name__ == "__main__":

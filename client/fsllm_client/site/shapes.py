@@ -13,7 +13,6 @@ from typing import Final
 from fsllm_common.errors import FsllmError, InputError, ModelUnusable
 from fsllm_common.plan import Plan, canonical_json, plan_from_json
 
-SECONDS: Final = 300.0
 _GAVE_UP: Final = 3
 
 
@@ -26,7 +25,7 @@ def adapter_shapes(plan: Plan, folder: Path) -> dict[str, tuple[int, ...]]:
 
     """
     command = [sys.executable, "-m", "fsllm_client.site.shapes", str(folder)]
-    done = subprocess.run(command, input=canonical_json(plan), capture_output=True, timeout=SECONDS, check=False)
+    done = subprocess.run(command, input=canonical_json(plan), capture_output=True, check=False)
     if done.returncode == _GAVE_UP:
         raise ModelUnusable("MODEL_UNSUITABLE", done.stderr.decode(errors="replace").strip().splitlines()[-1])
     if done.returncode:

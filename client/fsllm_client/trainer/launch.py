@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _WORKER = "fsllm_client.trainer.worker"
@@ -18,6 +19,22 @@ def command(socket: Path, ranks: int) -> list[str]:
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks), "--max-restarts", "0"),
         *("-m", _WORKER, "--socket", str(socket)),
     ]
+
+
+def processor_seconds(session: int) -> float:
+    """Return the processor time that the processes of a session have taken so far, as far as they still run.
+
+    Args:
+        session: Its leader's pid.
+
+    """
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended since
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def environment(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from fsllm_client.trainer.deaths import cause, error_of, kernel_kills
-from fsllm_client.trainer.launch import command, environment, gpus
+from fsllm_client.trainer.launch import command, environment, gpus, processor_seconds
 from fsllm_client.trainer.orders import (
     Account,
     Advanced,
@@ -63,7 +63,7 @@ class Trainer:
         threads: OpenMP threads a rank; an even share of the cores when None.
         extensions: Where DeepSpeed's compiled operators are; under ``state`` when None.
         given: Environment variables to set for the worker, over everything.
-        start_seconds: How long the ranks may take to report.
+        start_seconds: For how long the ranks may do nothing before they report.
 
     """
 
@@ -147,17 +147,22 @@ class Trainer:
                 start_new_session=True,
             )
         self._watch(self._report_exit(self._process, self._inbox))
-        try:
-            async with asyncio.timeout(self._start_seconds):
-                while len(self._connected) < self._ranks:
+        done = processor_seconds(self._process.pid)
+        while len(self._connected) < self._ranks:
+            try:
+                async with asyncio.timeout(self._start_seconds):
                     if (await self._inbox.get())[1] is None:
                         raise await self._death("while it started")
-        except TimeoutError as error:
-            await self._end_group(polite=False)
-            raise TrainingFailed(
-                "WORKER_DIED",
-                f"the trainer did not report within {self._start_seconds:.0f} s of its start; see {self.log}",
-            ) from error
+            except TimeoutError as error:
+                # A slow disk or a busy host is no reason to give up what gets on.
+                if (now := processor_seconds(self._process.pid)) > done:
+                    done = now
+                    continue
+                await self._end_group(polite=False)
+                raise TrainingFailed(
+                    "WORKER_DIED",
+                    f"the trainer did not report, and did nothing for {self._start_seconds:.0f} s; see {self.log}",
+                ) from error
 
     async def run(self, order: Work, on_progress: Callable[[Advanced], None] | None = None) -> Finished:
         """Carry out an order, starting the worker first, and preparing it again, when it has died since.
