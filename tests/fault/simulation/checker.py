@@ -378,7 +378,12 @@ class Checker:
         for nature in self.world.script.natures if told == ["quiet", "end"] else ():
             process, record = self.world.processes.get(nature.name), self.world.records.members[nature.name]
             if process is not None and process.alive and record.standing != "revoked":
-                for parcel in Outbox(process.folder / "outbox").all():
+                try:
+                    left = Outbox(process.folder / "outbox").all()
+                except FsllmError as error:
+                    yield f"{nature.name} can not read its outbox: {error.message}"
+                    continue
+                for parcel in left:
                     yield f"{nature.name} keeps what it made in round {parcel.begin.round} of a run that has ended"
 
     # 9. Bad input is refused by name.

@@ -3,7 +3,8 @@
 Each direction of a connection is a pipe: messages arrive in order, after a latency and at a bandwidth. A pipe may
 stall (everything arrives late), a connection may be cut (both ends are told, after a while) or go silent (half-open:
 nothing arrives any more, and each end finds out when its keepalive is not answered). Nothing is lost in the middle of
-a connection and nothing is repeated: repetitions come from callers that try again, as they do on a real network.
+a connection. Of one that is cut the middle (a proxy, a kernel's buffer) may deliver to the server late what it holds
+already: after its caller has tried again by another connection, so that messages are repeated and out of order.
 """
 
 import random
@@ -99,6 +100,7 @@ class Connection:
         self.broken = False
         """The client has given it up."""
         self.silent = False
+        self._jammed = False
         self.up = False
         self.calls: dict[Call, None] = {}
         self.served: dict[Call, Served] = {}
@@ -150,7 +152,7 @@ class Connection:
 
     def _pump(self, direction: int) -> None:
         pipe = self._pipes[direction]
-        if self.up and pipe.waiting and pipe.next is None:
+        if self.up and pipe.waiting and pipe.next is None and not (self._jammed and direction == 0):
             now = self.network.loop.now
             at = max(now, pipe.waiting[0][0], self.weather.stalled_until)
             pipe.next = self.network.later(at - now, self._arrive, direction)
@@ -183,12 +185,29 @@ class Connection:
 
     # Breaking.
 
+    def jam(self) -> None:
+        """Hold what goes to the server for a while, then cut the connection."""
+        self._jammed = True
+        self.network.later(self.network.chance.expovariate(1.0), self.cut)
+
     def cut(self) -> None:
-        """Reset the connection: what is on its way is lost, and each end is told after its own while."""
+        """Reset the connection: what is on its way is lost or late, and each end is told after its own while."""
         if not self.silent:
+            late = [deliver for _, deliver in self._pipes[0].waiting]
             self._silence()
             self.network.later(self._latency(), self._client_finds_out, "connection reset")
-            self.network.later(self._latency(), self._server_finds_out)
+            seconds = self._latency()
+            if self.network.chance.random() < 0.5:
+                seconds += self.network.chance.expovariate(1 / 2)
+                late = late[: self.network.chance.randint(0, len(late))]
+                for deliver, share in zip(late, sorted(self.network.chance.random() for _ in late), strict=True):
+                    self.network.later(seconds * share, self._arrive_late, deliver)
+            self.network.later(seconds, self._server_finds_out)
+
+    def _arrive_late(self, deliver: Callable[[], None]) -> None:
+        if self.server is not None and self.server.alive and self in self.network.accepted:
+            self.network.history.counts["a late message"] += 1
+            deliver()
 
     def go_silent(self) -> None:
         """Lose everything from now on without a word; keepalives find out."""

@@ -144,7 +144,12 @@ class World:
             case "full":
                 process.full_until = until
             case "cut" | "silence" if (connection := self.network.connections.get(process)) is not None:
-                connection.cut() if fault.kind == "cut" else connection.go_silent()
+                if fault.kind == "silence":
+                    connection.go_silent()
+                elif self.chance.random() < 0.5:
+                    connection.jam()
+                else:
+                    connection.cut()
             case "stall":
                 weather.stalled_until = until
             case "slow":
