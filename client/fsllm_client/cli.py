@@ -133,6 +133,8 @@ def export(run: str, folder: Path, force: bool, settings: SiteSettings, as_json:
     if own.round != own.version:
         made += f" and what this site has trained in round {own.round}"
     click.echo(f"Wrote this site's own adapter of {found.run_id} ({found.name}){made}: {own.tensors} tensors, {folder}")
+    if own.mixed:
+        click.echo("The model mixes it with the adapter in its folder rest, token by token, by mixer.safetensors.")
 
 
 @main.command()

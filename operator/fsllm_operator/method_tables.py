@@ -94,8 +94,8 @@ FAMILIES: Final[tuple[tuple[str, str, Callable[[Method], bool]], ...]] = (
     ("Seeds and zeroth order", "Directions are drawn again from seeds rather than sent.", _is_seeded),
     (
         "Personalised",
-        "Each site ends with a model of its own: `fsllm-client export` writes its adapter there. That of `fedalt` is "
-        "more than an adapter (two LoRAs, and what mixes them for each token), and can not be exported.",
+        "Each site ends with a model of its own: `fsllm-client export` writes its adapter there. Of `fedalt` it is two "
+        "adapters, and what mixes them for each token.",
         lambda method: example(method).personalised,
     ),
     (

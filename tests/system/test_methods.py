@@ -189,7 +189,7 @@ def test_a_method_lowers_the_loss_and_every_round_is_recomputed(name: str, serve
         assert held_out[-1] < least * held_out[0], held_out
 
 
-@pytest.mark.parametrize("name", ["ditto", "fedsa-lora"])
+@pytest.mark.parametrize("name", ["ditto", "fedsa-lora", "fedalt"])
 def test_a_sites_own_adapter_is_exported_by_itself(name: str, server: ServerProcess, tmp_path: Path) -> None:
     plan = make_plan(name, **METHODS[name])
     run = await_done(server, submit(server, plan))

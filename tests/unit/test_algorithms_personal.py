@@ -161,8 +161,7 @@ def test_methods_with_a_model_of_its_own_at_each_site_say_so() -> None:
     personal = {"ditto", "pfedme", "apfl", "fedper", "fedrep", "fdlora", "fedalt", "fedsa-lora"}
     for name in (*personal, "fedavg", "fedprox", "scaffold", "fednova"):
         assert method(name).personalised == (name in personal), name
-        # FedALT's own model is two LoRAs and what mixes them.
-        assert method(name).leaves_adapter == (name in personal - {"fedalt"}), name
+        assert method(name).leaves_adapter == (name in personal), name
 
 
 def test_fedalts_version_is_the_mean_of_the_loras_and_each_site_finds_the_others_in_it() -> None:

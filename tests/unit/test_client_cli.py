@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import structlog
 from click.testing import CliRunner, Result
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fsllm_client.cli import main
 from fsllm_client.site import own_adapter
 from fsllm_client.site.ledger import Ledger, Release
 from fsllm_client.site.runs import RunBook
 from fsllm_client.site.state import StateFolder
+from fsllm_common.algorithms.fedalt import RestOfWorld
+from fsllm_common.algorithms.local_rule import LocalRule
 from fsllm_common.plan import Plan, plan_from_json
 
 
@@ -121,7 +123,15 @@ def test_an_export_says_of_which_version_and_round_it_is(tmp_path: Path) -> None
             "tensors": 1,
             "version": version,
             "round": round_number,
+            "mixed": False,
         }
+    both = {**array, **{f"{prefix}{name}": tensor for prefix in ("rest/", "gate/") for name, tensor in array.items()}}
+    save_file(both, private / own_adapter.FILE, own_adapter.facts('{"r": 2}', 1, 1))
+    assert "with the adapter in its folder rest" in run("export", "ward", out, "--force").output
+    for place in (Path(out), Path(out) / "rest"):
+        assert load_file(place / "adapter_model.safetensors").keys() == array.keys()
+        assert json.loads((place / "adapter_config.json").read_text()) == {"r": 2}
+    assert load_file(Path(out) / "mixer.safetensors").keys() == array.keys()
     save_file(array, private / own_adapter.FILE, {"adapter_config": "{}"})  # an older fsllm's
     assert "(ward): 1 tensors" in run("export", "ward", out, "--force").output
 
@@ -130,7 +140,11 @@ def test_an_export_says_of_which_version_and_round_it_is(tmp_path: Path) -> None
     ("name", "why"),
     [("fedavg", "one model for all sites"), ("fedalt", "is more than an adapter"), ("ditto", "for this run yet")],
 )
-def test_an_export_that_can_not_be_says_why(name: str, why: str, tmp_path: Path) -> None:
+def test_an_export_that_can_not_be_says_why(
+    name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a rule of another package may be, that changes the forward pass and says of no adapter that would do it.
+    monkeypatch.setattr(RestOfWorld, "beside", LocalRule.beside)
     plan = {"name": "ward", "model": {"name": "m"}, "algorithm": {"name": name}}
     RunBook(StateFolder(tmp_path / "state").runs).note("r1", plan_from_json(json.dumps(plan).encode()), "joined")
     done = run("export", "ward", str(tmp_path / "out"))

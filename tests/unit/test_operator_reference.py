@@ -9,7 +9,7 @@ from fsllm_common.algorithms import algorithm_class, algorithm_names
 from fsllm_common.errors import REASONS, Exit
 from fsllm_common.plan import Plan, canonical_json, plan_from_file, plan_from_json
 from fsllm_common.telemetry.metrics import ClientMetrics, ServerMetrics
-from fsllm_operator.method_tables import built_in, example, family, fitting, only_the_sum
+from fsllm_operator.method_tables import built_in, example, fitting, only_the_sum
 from fsllm_operator.reference import (
     _EXIT_MEANINGS,
     GENERATED,
@@ -29,14 +29,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_docs_are_up_to_date(name: str) -> None:
     """To mend: python -m fsllm_operator.reference docs."""
     assert generated_part((DOCS / name).read_text()) == GENERATED[name]().strip()
-
-
-def test_personal_models_that_are_no_adapter_are_named() -> None:
-    (told,) = {what for title, what in (family(method) for _, method in built_in()) if title == "Personalised"}
-    personal = [method for _, method in built_in() if family(method)[0] == "Personalised"]
-    assert [name for name in algorithm_names() if f"`{name}`" in told] == [
-        method.name for method in personal if not example(method).leaves_adapter
-    ]
 
 
 def test_writing_touches_only_the_generated_part(tmp_path: Path) -> None:

@@ -2,24 +2,31 @@
 
 The trainer writes it whenever it trains a round or measures a version, as one safetensors file with the adapter's
 configuration, so that the export needs no model and no torch. The folder is complete when adapter_config.json lies in
-it: that is written last.
+it: that is written last. Of a method that mixes the adapter with another one (``LocalRule.beside``) the other is in
+``rest``, an adapter itself, and what mixes them in ``mixer.safetensors``.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fsllm_common.algorithms import algorithm_class
+from fsllm_common.algorithms.local_rule import GATE, REST
 from fsllm_common.errors import SettingsInvalid
 from fsllm_common.files import disk_errors, write_atomic
 from fsllm_common.plan import Plan
+
+if TYPE_CHECKING:
+    from fsllm_common.tensors.arrays import Array
 
 FILE: Final = "own-adapter.safetensors"
 """In a run's private folder."""
 
 _WEIGHTS: Final = "adapter_model.safetensors"
 _CONFIG: Final = "adapter_config.json"
+_REST: Final = "rest"
+_MIXER: Final = "mixer.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class OwnAdapter:
     """The version whose shared tensors are in it; None where an older fsllm has left it and did not say."""
     round: int | None
     """The round up to which the site's own part of it was trained; ``version``, where that version was measured."""
+    mixed: bool = False
+    """It is to be mixed with the adapter in ``rest``, by ``mixer.safetensors``."""
 
 
 def facts(config: str, version: int, round_number: int) -> dict[str, str]:
@@ -67,18 +76,27 @@ def export_own(private: Path, plan: Path, folder: Path, *, force: bool) -> OwnAd
             f"{folder} holds {', '.join(present)} already", cure="Name another folder, or replace them with --force."
         )
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         with safe_open(source, framework="numpy") as file:
             metadata = file.metadata()
-            tensors, config = as_peft(
-                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (it is no dictionary)
-                json.loads(metadata["adapter_config"]),
-            )
+            every = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        rest, gates = (_take(every, prefix) for prefix in (REST, GATE))
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / _CONFIG).unlink(missing_ok=True)
-        write_atomic(folder / _WEIGHTS, save(tensors, {"format": "pt"}))
-        write_atomic(folder / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+        adapters = {folder / _REST: rest, folder: every} if rest else {folder: every}
+        if rest:
+            write_atomic(folder / _MIXER, save(gates, {"format": "pt"}))
+        for place, arrays in adapters.items():
+            place.mkdir(exist_ok=True)
+            tensors, config = as_peft(arrays, json.loads(metadata["adapter_config"]))
+            write_atomic(place / _WEIGHTS, save(tensors, {"format": "pt"}))
+            write_atomic(place / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     version, round_number = (int(metadata[key]) if key in metadata else None for key in ("version", "round"))
-    return OwnAdapter(len(tensors), version, round_number)
+    return OwnAdapter(len(every), version, round_number, mixed=bool(rest))
+
+
+def _take(tensors: "dict[str, Array]", prefix: str) -> "dict[str, Array]":
+    """Take out what has names that begin with a prefix, and return it by the rest of the names."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def _missing(path: Path) -> SettingsInvalid:

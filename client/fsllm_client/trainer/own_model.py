@@ -39,13 +39,13 @@ def own_model(plan: Plan, version: int, base: Tensors, extra: Tensors, private: 
 
 
 def leave_adapter(
-    folder: Path, plan: Plan, model: PeftModel, adapter: Tensors, *, version: int, round_number: int
+    folder: Path, plan: Plan, model: PeftModel, adapter: Tensors, rule: LocalRule, *, version: int, round_number: int
 ) -> None:
-    """Leave an adapter in the private folder for ``own_adapter.export_own``.
+    """Leave an adapter in the private folder for ``own_adapter.export_own``, with what the rule mixes it with.
 
     Raises:
         Unavailable: DISK_FULL, DISK_FAILED.
 
     """
     facts = own_adapter.facts(config_json(plan, model), version, round_number)
-    write_tensors(folder / own_adapter.FILE, adapter, facts)
+    write_tensors(folder / own_adapter.FILE, {**adapter, **rule.beside()}, facts)

@@ -248,7 +248,7 @@ class Session:
                     # Perhaps nobody measures what comes of it: the plan or the site's policy may want no evaluation.
                     _, own = own_model(plan, order.round - 1, base, extra, left)
                     model, version = run.engine.model, order.round - 1
-                    leave_adapter(store.folder, plan, model, own, version=version, round_number=order.round)
+                    leave_adapter(store.folder, plan, model, own, rule, version=version, round_number=order.round)
             # Not synced: the daemon syncs what it makes of it, and a crash before that has the round trained again.
             write_tensors(order.delta, trained.delta, durable=False)
         group.total(0.0)  # no rank goes on before the files are there
@@ -276,7 +276,7 @@ class Session:
         run.engine.write_adapter(adapter)
         if run.sharing.leaves_adapter and order.resume is not None and order.resume.is_dir() and group.rank == 0:
             plan, model, number = run.order.plan, run.engine.model, order.version
-            leave_adapter(order.resume, plan, model, adapter, version=number, round_number=number)
+            leave_adapter(order.resume, plan, model, adapter, rule, version=number, round_number=number)
         with rule.inside(run.engine.model, group.device):
             evaluation, rows = self._evaluation(run, group), run.data.validation
             paired = run.order.plan.data.format == "preference"

@@ -165,9 +165,9 @@ class Algorithm(ABC):
 
     @property
     def leaves_adapter(self) -> bool:
-        """Whether each site's own model is the base model with an adapter, so that it can be exported there."""
-        # What a rule changes in the forward pass is in no adapter.
-        return self.personalised and not changes(self.rule(), "inside")
+        """Whether each site's own model is the base model with adapters, so that it can be exported there."""
+        # What a rule changes in the forward pass is in no adapter, unless it says what is.
+        return self.personalised and (not changes(self.rule(), "inside") or changes(self.rule(), "beside"))
 
     def reducer(self) -> str:
         """Return what is done with the updates: sum, rows, products, products then rows, or layers."""

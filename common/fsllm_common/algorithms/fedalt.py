@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from fsllm.v1.tensors_pb2 import TENSOR_ROLE_SCALAR
 from fsllm_common.algorithms.algorithm import ADAPTER, Block, Refusal, Update
 from fsllm_common.algorithms.fedavg import FedAvg
-from fsllm_common.algorithms.local_rule import LocalRule, LocalStep, Parameters, Turn
+from fsllm_common.algorithms.local_rule import GATE, REST, LocalRule, LocalStep, Parameters, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,6 @@ UPDATES: Final = f"{SCALARS}/updates"
 """K, how many LoRAs the version is the mean of."""
 
 _OWN: Final = "own/"
-_GATE: Final = "gate/"
 _ROUND: Final = "round"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -66,7 +65,7 @@ class RestOfWorld(LocalRule):
 
         own = yield Turn(self._own, steps)
         self.private.update({f"{_OWN}{name}": own[name] for name in self.trained})
-        self.private.update({f"{_GATE}{name}": gate.detach().cpu() for name, gate in self._gates.items()})
+        self.private.update({f"{GATE}{name}": gate.detach().cpu() for name, gate in self._gates.items()})
         self.private[_ROUND] = torch.tensor(self.round)
         return own
 
@@ -78,8 +77,7 @@ class RestOfWorld(LocalRule):
         with ExitStack() as hooks:
             for name in sorted(name.removesuffix(_A) for name in self._own if name.endswith(_A)):
                 layer = model.get_submodule(name)
-                fresh = torch.zeros(2, self._own[f"{name}{_A}"].shape[1])
-                gate = self.private.get(f"{_GATE}{name}", fresh).to(device, copy=True).requires_grad_()
+                gate = self._gate(name).to(device, torch.float32, copy=True).requires_grad_()
                 self._gates[name] = gate
                 rest = self._rest[f"{name}{_A}"].to(device), self._rest[f"{name}{_B}"].to(device)
                 for handle in _mix(layer, gate, *rest):
@@ -110,6 +108,18 @@ class RestOfWorld(LocalRule):
         """Return the own LoRA; the model mixes in the rest's."""
         self.receive(base, extra)
         return self._own
+
+    def beside(self) -> Tensors:
+        """Return the rest's LoRA, and the mixers G, (2, inputs) each."""
+        gates = {name.removesuffix(_A): self._gate(name.removesuffix(_A)) for name in self._own if name.endswith(_A)}
+        return {
+            **{f"{REST}{name}": tensor for name, tensor in self._rest.items()},
+            **{f"{GATE}{layer}": gate for layer, gate in gates.items()},
+        }
+
+    def _gate(self, layer: str) -> torch.Tensor:
+        kept = self.private.get(f"{GATE}{layer}")
+        return kept if kept is not None else self._own[f"{layer}{_A}"].new_zeros(2, self._own[f"{layer}{_A}"].shape[1])
 
 
 def _mix(layer: Any, gate: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Sequence[Any]:  # noqa: ANN401

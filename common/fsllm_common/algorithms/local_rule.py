@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from fsllm_common.errors import TrainingFailed
 from fsllm_common.section import Section
@@ -190,6 +190,21 @@ class LocalRule:
 
         """
         return base
+
+    def beside(self) -> Tensors:
+        """Return what ``inside`` mixes with the adapter, to be exported with it: ``rest/`` and ``gate/`` and a name.
+
+        ``rest/`` are the tensors of a second adapter, ``gate/`` what is learned of the mixture in a layer. Called after
+        ``turns``, or after ``evaluated``.
+        """
+        return {}
+
+
+REST: Final = "rest/"
+"""What the names of a second adapter's tensors begin with in ``LocalRule.beside``."""
+
+GATE: Final = "gate/"
+"""What the names of what mixes the two begin with there."""
 
 
 def _unmeasured(adapter: Tensors) -> float:
