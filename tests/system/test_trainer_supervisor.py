@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -267,6 +268,20 @@ async def test_a_worker_that_is_slow_to_start_is_waited_for_and_one_that_does_no
     while stuck._process is None:  # noqa: ASYNC110 (nothing tells of it)
         await asyncio.sleep(0)
     os.kill(stuck._process.pid, signal.SIGSTOP)
+    with pytest.raises(TrainingFailed, match="did nothing for 3 s"):
+        await starting
+    assert not stuck.alive
+
+
+async def test_ranks_that_do_nothing_are_given_up_though_their_launcher_looks_after_them(trainer: MakeTrainer) -> None:
+    stuck = trainer(2, start_seconds=3.0)
+    starting = asyncio.create_task(stuck.start())
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2:
+        await asyncio.sleep(0.1)
+        ranks = psutil.Process(stuck._process.pid).children() if stuck._process is not None else []
+    for rank in ranks:
+        rank.suspend()
     with pytest.raises(TrainingFailed, match="did nothing for 3 s"):
         await starting
     assert not stuck.alive

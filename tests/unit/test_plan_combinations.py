@@ -278,7 +278,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8, "ranks": [4]}, "cohort": {"buffer": {"size": 2}}},
-        "rounds build on each other",
+        "put together anew in each round",
         {"algorithm": {"name": "ffa-lora"}, "adapter": {"rank": 8}, "cohort": {"buffer": {"size": 2}}},
     ),
     (

@@ -75,6 +75,30 @@ def test_methods_with_one_model_for_all_leave_no_adapter(name: str, site: Callab
     assert not (keep / own_adapter.FILE).exists()
 
 
+def test_fedalt_can_be_measured_and_exported_before_it_was_trained(site: Callable[..., Site], tmp_path: Path) -> None:
+    """As where its first round was withdrawn: the own LoRA and the rest's are both the version's."""
+    one = site(make_plan(algorithm={"name": "fedalt"}))
+    keep, base = one.folder / "keep", one.build()
+    keep.mkdir()
+    extend(base, "fedalt", one.plan)
+    one.session.carry_out(Evaluate(adapter=base, resume=keep))
+    (tmp_path / "plan").write_bytes(canonical_json(one.plan))
+    out = tmp_path / "out"
+    assert export_own(keep, tmp_path / "plan", out, force=False).mixed
+    own, rest = (read_tensors(folder / "adapter_model.safetensors") for folder in (out, out / "rest"))
+    assert same(own, rest, 0.0)
+    with pytest.raises(FsllmError, match=r"holds .*rest, mixer\.safetensors already"):
+        export_own(keep, tmp_path / "plan", out, force=False)
+    # Over it, a method with one adapter leaves nothing of the mixture.
+    (other := one.folder / "other").mkdir()
+    write_tensors(other / own_adapter.FILE, read_tensors(base), own_adapter.facts("{}", 1, 1))
+    assert not export_own(other, tmp_path / "plan", out, force=True).mixed
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
 def test_fedalt_measures_a_version_beside_what_training_would_take_from_it(site: Callable[..., Site]) -> None:
     one = site(make_plan(algorithm={"name": "fedalt"}))
     keep, base = one.folder / "keep", one.build()

@@ -71,7 +71,8 @@ def export_own(private: Path, plan: Path, folder: Path, *, force: bool) -> OwnAd
     source = private / FILE
     if not source.is_file():
         raise _missing(plan)
-    if not force and (present := [name for name in (_WEIGHTS, _CONFIG) if (folder / name).exists()]):
+    whole = (_WEIGHTS, _CONFIG, _REST, _MIXER)
+    if not force and (present := [name for name in whole if (folder / name).exists()]):
         raise SettingsInvalid(
             f"{folder} holds {', '.join(present)} already", cure="Name another folder, or replace them with --force."
         )
@@ -81,17 +82,24 @@ def export_own(private: Path, plan: Path, folder: Path, *, force: bool) -> OwnAd
             every = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         rest, gates = (_take(every, prefix) for prefix in (REST, GATE))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG).unlink(missing_ok=True)
-        adapters = {folder / _REST: rest, folder: every} if rest else {folder: every}
+        for stale in (folder / _CONFIG, folder / _MIXER, *(folder / _REST / name for name in (_CONFIG, _WEIGHTS))):
+            stale.unlink(missing_ok=True)
+        config = json.loads(metadata["adapter_config"])
         if rest:
             write_atomic(folder / _MIXER, save(gates, {"format": "pt"}))
-        for place, arrays in adapters.items():
-            place.mkdir(exist_ok=True)
-            tensors, config = as_peft(arrays, json.loads(metadata["adapter_config"]))
-            write_atomic(place / _WEIGHTS, save(tensors, {"format": "pt"}))
-            write_atomic(place / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+            _write(folder / _REST, *as_peft(rest, config))
+        tensors, config = as_peft(every, config)
+        _write(folder, tensors, config)
     version, round_number = (int(metadata[key]) if key in metadata else None for key in ("version", "round"))
-    return OwnAdapter(len(every), version, round_number, mixed=bool(rest))
+    return OwnAdapter(len(tensors), version, round_number, mixed=bool(rest))
+
+
+def _write(folder: Path, tensors: "dict[str, Array]", config: dict[str, object]) -> None:
+    from safetensors.numpy import save
+
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / _WEIGHTS, save(tensors, {"format": "pt"}))
+    write_atomic(folder / _CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
 def _take(tensors: "dict[str, Array]", prefix: str) -> "dict[str, Array]":

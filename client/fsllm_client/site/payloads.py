@@ -82,7 +82,7 @@ def refuse_difference(own: CachedVersion, theirs: Sequence[CachedVersion], plan:
     kind = plan.wire.element_type
     published = _arrays(theirs)
     ours = {
-        name: cut(module_and_key(name)[1], array, rank, plan)
+        name: cut(module_and_key(name)[1], array.astype(np.float64), rank, plan)
         for name, array in decode(own.manifest, own.payload).items()
     }
     if differing := sorted(ours.keys() ^ published.keys()):

@@ -21,20 +21,31 @@ def command(socket: Path, ranks: int) -> list[str]:
     ]
 
 
-def processor_seconds(session: int) -> float:
-    """Return the processor time that the processes of a session have taken so far, as far as they still run.
+def processor_seconds(leader: int, ranks: int) -> float:
+    """Return the processor time that a group has taken so far, as far as its processes still run.
+
+    Of torchrun itself, which looks after its ranks whatever they do, only before they are there.
 
     Args:
-        session: Its leader's pid.
+        leader: The pid of what ``command`` has started.
+        ranks: Of the group.
 
     """
-    ticks = 0
+    ticks: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended since
             fields = stat.read_text(errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+            pid = int(stat.parent.name)
+            ticks[pid] = int(fields[11]) + int(fields[12])
+            children.setdefault(int(fields[1]), []).append(pid)
+    group, found = children.get(leader, []), 0
+    if ranks == 1 or not group:
+        found = ticks.get(leader, 0)
+    while group:
+        found += sum(ticks[pid] for pid in group)
+        group = [child for pid in group for child in children.get(pid, [])]
+    return found / os.sysconf("SC_CLK_TCK")
 
 
 def environment(

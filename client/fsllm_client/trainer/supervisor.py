@@ -147,7 +147,7 @@ class Trainer:
                 start_new_session=True,
             )
         self._watch(self._report_exit(self._process, self._inbox))
-        done = processor_seconds(self._process.pid)
+        done = processor_seconds(self._process.pid, self._ranks)
         while len(self._connected) < self._ranks:
             try:
                 async with asyncio.timeout(self._start_seconds):
@@ -155,7 +155,7 @@ class Trainer:
                         raise await self._death("while it started")
             except TimeoutError as error:
                 # A slow disk or a busy host is no reason to give up what gets on.
-                if (now := processor_seconds(self._process.pid)) > done:
+                if (now := processor_seconds(self._process.pid, self._ranks)) != done:
                     done = now
                     continue
                 await self._end_group(polite=False)

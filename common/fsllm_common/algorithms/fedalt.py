@@ -57,7 +57,8 @@ class RestOfWorld(LocalRule):
         if count > 1 and trained is not None and int(trained) == self.round - 1:
             self._rest = {name: (count * x - self._own[name]) / (count - 1) for name, x in base.items()}
         else:  # it was not among them
-            self._rest = dict(base)
+            # Tensors of its own: both are written to one file.
+            self._rest = {name: tensor.clone() for name, tensor in base.items()}
 
     def turns(self, base: Tensors, steps: int) -> Generator[Turn, Tensors, Tensors]:
         """Go on with the own LoRA."""

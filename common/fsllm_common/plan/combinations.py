@@ -78,7 +78,7 @@ def _one_schedule(plan: Plan) -> bool:
     """Tell whether every round changes the same part, by itself: as rounds must that take updates from older ones."""
     method = method_of(plan)
     moving = {method.moving(round_) for round_ in range(1, min(plan.rounds, 12) + 1)} if method is not None else set()
-    return method is None or (moving == {(ADAPTER,)} and not method.needs_layers and not method.needs_trusted)
+    return method is None or (moving == {(ADAPTER,)} and not type(method).needs_layers and not method.needs_trusted)
 
 
 def weighting(plan: Plan) -> str:
@@ -257,6 +257,12 @@ REFUSED: Final[tuple[Combination, ...]] = (
         "adapter.ranks, adapter.kind",
         lambda p: bool(p.adapter.ranks) and p.adapter.kind not in RANKED_KINDS,
         "only these kinds can be cut to a smaller rank: lora, rslora, lora-xs (DoRA's magnitudes are of one product)",
+    ),
+    Combination(
+        "adapter.ranks, cohort.buffer",
+        lambda p: bool(p.adapter.ranks) and p.cohort.buffer is not None,
+        "adapters of different ranks are put together anew in each round, from the version that all have started from: "
+        "leave one of the two out",
     ),
     Combination(
         "adapter.ranks, adapter.rank",
