@@ -246,7 +246,7 @@ def _of_kind(kind: str) -> Callable[[Method], Keys]:
 
 _ASKED: Final[dict[str, Callable[[Method], Keys]]] = {
     "ranks": lambda _: {"adapter": {"ranks": [_RANK // 2]}},
-    "async": lambda method: {"cohort": {"buffer": {"size": example(method).plan.cohort.quorum}}},
+    "async": lambda method: {"cohort": {"buffer": {"size": example(method).plan.cohort.quorum, **_weight(method)}}},
     "noise": lambda _: {
         "pipeline": [{"stage": "clip", "norm": 1.0}, {"stage": "noise", "multiplier": 1.0}],
         "algorithm": {"weighting": "uniform"},
@@ -254,6 +254,11 @@ _ASKED: Final[dict[str, Callable[[Method], Keys]]] = {
     **{kind: _of_kind(kind) for kind in typing.get_args(AdapterKind)},
 }
 """What a plan may have besides."""
+
+
+def _weight(method: Method) -> Keys:
+    """Return what a buffer has to say of stale updates of more than the adapter."""
+    return {"weight": "constant"} if method.any_version else {}
 
 
 def _plan(method: Method, *layers: Keys) -> Plan:

@@ -106,6 +106,10 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "fedadagrad": {},
     "fedprox": {},
     "scaffold": {"algorithm": {"parameters": {"sites": 2}}},
+    "scaffold-async": {
+        "algorithm": {"name": "scaffold"},
+        "cohort": {"buffer": {"size": 2, "weight": "constant"}},
+    },
     "fednova": {"train": PLAIN_SGD},
     "median": {"algorithm": FROZEN, "cohort": THREE},
     "trimmed-mean": {"algorithm": {"parameters": {"freeze_a": True, "trim": 0.4}}, "cohort": THREE},

@@ -14,7 +14,10 @@ from fsllm_common.algorithms import ADAPTER, Algorithm, Block, Update, algorithm
 from fsllm_common.algorithms.fdlora import search
 from fsllm_common.algorithms.fednova import NovaParameters
 from fsllm_common.plan import Plan, plan_from_json
-from fsllm_common.plan.schema import Adapter
+from fsllm_common.plan.schema import Adapter, Buffer
+from fsllm_server.engine.staleness import discounted
+from fsllm_server.engine.state import Update as Recorded
+from fsllm_server.engine.state import Version
 
 Array = npt.NDArray[np.float32]
 RATE = 0.1
@@ -79,6 +82,29 @@ def test_scaffold_converges_where_fedavg_drifts() -> None:
         c = algorithm.apply(Block(number, c, mean_of(algorithm, (10, 10), changed), {}, "control", 2))
     assert float(x[0]) == pytest.approx(OPTIMUM, abs=1e-4)
     assert float(c[0]) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_scaffold_converges_though_a_site_is_slow_and_its_updates_are_stale() -> None:
+    """A version of each update: three of one site's, then one of the other's, which started three versions ago."""
+    algorithm = method("scaffold", estimate="steps")
+    buffer = Buffer(size=1, weight="constant")
+    x = c = np.zeros(1, np.float32)
+    versions, own = [(x, c)], [0.0, 0.0]
+    for number in range(1, 1201):
+        site = 1 if number % 4 == 0 else 0
+        started = number - 4 if site else number - 1
+        base, all_ = (float(part[0]) for part in versions[started])
+        y = descend(base, site, 4, correction=all_ - own[site])
+        fresh = own[site] - all_ + (base - y) / (4 * RATE)
+        recorded = Recorded("s", started + 1, "", 0, 1, 1, 4)
+        (share,) = discounted(buffer, Version(number - 1, ()), [recorded], algorithm.weigh([Update("s", 1, 1, 4)]))
+        x = algorithm.apply(Block(number, x, np.array([share * (y - base)], np.float32), {}, ADAPTER, 1))
+        changed = np.array([share * (fresh - own[site])], np.float32)
+        c = algorithm.apply(Block(number, c, changed, {}, "control", 1))
+        own[site] = fresh
+        versions.append((x, c))
+        assert float(c[0]) == pytest.approx(sum(own) / 2, abs=1e-4)
+    assert float(x[0]) == pytest.approx(OPTIMUM, abs=1e-3)
 
 
 def test_c_moves_by_the_share_of_the_sites_that_took_part() -> None:

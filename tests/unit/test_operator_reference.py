@@ -145,7 +145,7 @@ def test_what_travels_is_what_the_papers_say(name: str, up: str, down: str, once
         ("flora", "layers", "yes", "", "yes", ""),
         ("fedask", "layers", "yes", "", "yes", "yes"),
         ("ffa-lora", "sum", "yes", "yes", "yes", "yes"),
-        ("scaffold", "sum", "", "", "", "yes"),
+        ("scaffold", "sum", "", "yes", "", "yes"),
         ("krum", "products", "", "yes", "yes", ""),
         ("median", "rows", "", "", "yes", ""),
         ("bulyan", "products then rows", "", "", "yes", ""),

@@ -317,6 +317,11 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"algorithm": {"name": "geometric-median"}, "adapter": {"kind": "vera"}, "cohort": {"quorum": 3}},
     ),
     (
+        {"algorithm": SCAFFOLD, "cohort": {"buffer": {"size": 2}}},
+        "only while each change counts in full",
+        {"algorithm": SCAFFOLD, "cohort": {"buffer": {"size": 2, "weight": "constant"}}},
+    ),
+    (
         {"algorithm": {"name": "geometric-median"}, "cohort": {"buffer": {"size": 2}}},
         "could not withstand bad ones",
         {"algorithm": {"name": "geometric-median"}, "cohort": {"quorum": 3, "buffer": {"size": 3}}},

@@ -130,6 +130,9 @@ class Algorithm(ABC):
     any_rank: ClassVar[bool] = False
     """Sites may have adapters of different ranks (``adapter.ranks``). What ``combine_layer`` leaves to the mean is
     filled up with zeros."""
+    any_version: ClassVar[bool] = False
+    """Updates of several parts mean the same whatever version they started from, so that ``cohort.buffer`` may be asked
+    for. Of the adapter alone they do, unless ``needs_layers`` or ``needs_trusted``."""
     uniform: ClassVar[bool] = False
     """The method itself decides what an update counts for, whatever its site says of its data: a plan can not ask for
     a weighting."""

@@ -8,7 +8,7 @@ and c <- c + |S|/N mean(dc): every site counts the same, whatever the plan's wei
 
 c is the mean of all c_k, or the sites are led astray for good. So a c_k counts when the server has acknowledged its
 change, and a site whose c_k the server has forgotten, since it was restored from a back-up, begins again with c: when
-all sites do so, c is their mean again.
+all sites do so, c is their mean again. In asynchronous rounds a change counts in full, however stale it is.
 """
 
 from __future__ import annotations
@@ -117,7 +117,15 @@ class Scaffold(FedAvg):
     parameters: ScaffoldParameters
     local_rule = ControlVariate
     uniform = True
+    # c_k's change is that of one site's whoever else has moved c since, and every one of them counts.
+    any_version: ClassVar[bool] = True
     refuses: ClassVar[tuple[Refusal, ...]] = (
+        Refusal(
+            "algorithm.name, cohort.buffer.weight",
+            lambda method: method.plan.cohort.buffer is not None and method.plan.cohort.buffer.weight != "constant",
+            "scaffold's c is the mean of all c_k only while each change counts in full, however stale: say weight: "
+            "constant, and bound the staleness by max_staleness",
+        ),
         Refusal(
             "algorithm.parameters.sites, cohort.sites",
             lambda method: method.sites() < method.most(),

@@ -75,10 +75,12 @@ def method_of(plan: Plan) -> Algorithm | None:
 
 
 def _one_schedule(plan: Plan) -> bool:
-    """Tell whether every round changes the same part, by itself: as rounds must that take updates from older ones."""
-    method = method_of(plan)
-    moving = {method.moving(round_) for round_ in range(1, min(plan.rounds, 12) + 1)} if method is not None else set()
-    return method is None or (moving == {(ADAPTER,)} and not type(method).needs_layers and not method.needs_trusted)
+    """Tell whether every round changes the same parts, by itself: as rounds must that take updates from older ones."""
+    if (method := method_of(plan)) is None:
+        return True
+    moving = {method.moving(round_) for round_ in range(1, min(plan.rounds, 12) + 1)}
+    alike = len(moving) == 1 if method.any_version else moving == {(ADAPTER,)}
+    return alike and not type(method).needs_layers and not method.needs_trusted
 
 
 def weighting(plan: Plan) -> str:
