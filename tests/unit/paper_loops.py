@@ -267,6 +267,25 @@ def ferret(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kept
     return {f"scalars/{round_:05d}": torch.tensor(found)}, lambda version: start
 
 
+def fedask(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kept: Kept) -> Outcome:
+    modules = sorted(name.removesuffix(".lora_A.weight") for name in x if "lora_A" in name)
+    s = 16 / 3
+    second = "local" in kept
+    if not second:
+        y = x
+        for _ in range(STEPS):
+            y = _descend(y, site.gradient(y, next(batches)))
+        kept["local"] = y
+    upload = {}
+    for module in modules:
+        a, b = (kept["local"][f"{module}.lora_{key}.weight"] for key in "AB")
+        if second:
+            upload[f"sketch/{module}.lora_Z"] = s * a.T @ (b.T @ extra[f"sketch/{module}.lora_Q"])
+        else:
+            upload[f"sketch/{module}.lora_Y"] = s * b @ (a @ extra[f"sketch/{module}.lora_O"])
+    return upload, lambda version: version
+
+
 def fedex(site: Site, batches: Iterator[Step], x: Tensors, extra: Tensors, kept: Kept) -> Outcome:
     round_ = 2 if "first" in kept else 1
     kept["first"] = {}
@@ -329,6 +348,7 @@ CASES: dict[str, tuple[Callable[..., Outcome], str, dict[str, Any]]] = {
     "fedmezo": (fedmezo, "fedmezo", {"eps": EPS}),
     "fedkseed": (fedkseed, "fedkseed", {"eps": EPS, "seeds": 8}),
     "fedkseed-pro": (fedkseed, "fedkseed", {"eps": EPS, "seeds": 8, "draw": "amplitude"}),
+    "fedask": (fedask, "fedask", {}),
     "ferret": (ferret, "ferret", {"coordinates": 60}),
     "fedex": (fedex, "fedex", {"learning_rates": "0.5,1,2"}),
     "hetlora": (hetlora, "hetlora", {"prune_penalty": 0.05, "keep": 0.7}),
