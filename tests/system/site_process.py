@@ -111,8 +111,11 @@ class SiteProcess:
         """Everything it wrote."""
         return self.log_file.read_text()
 
-    def await_log(self, event: str, times: int = 1) -> dict[str, Any]:
-        """Wait until the log holds the event so many times, from its beginning, and return the last of these lines."""
+    def await_log(self, event: str, times: int = 1, key: str = "event") -> dict[str, Any]:
+        """Wait until the log holds the event so many times, from its beginning, and return the last of these lines.
+
+        Or so many lines with another ``key`` of this value.
+        """
         command = ["tail", "-n", "+1", "-F", f"--pid={self.process.pid}", str(self.log_file)]
         # Whoever ends is reaped at once: for tail a zombie is still there.
         threading.Thread(target=self.process.wait, daemon=True).start()
@@ -121,7 +124,7 @@ class SiteProcess:
             try:
                 for line in tail.stdout:
                     found: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
-                    if found.get("event") == event:
+                    if found.get(key) == event:
                         times -= 1
                         if not times:
                             return found
