@@ -342,18 +342,18 @@ class Checker:
             yield "who watches has not heard of everything exactly once"
 
     def _refused_again(self) -> Iterable[str]:
-        recorded: set[tuple[str, int, str]] = set()
+        recorded: set[tuple[str, str, int, str]] = set()
         forgotten: set[str] = set()
         for event in self.world.history.of("logged", "refuse"):
             facts = event.facts
             if event.what == "refuse":
-                again = facts["member"], facts["round"], facts["digest"]
+                again = facts["run"], facts["member"], facts["round"], facts["digest"]
                 if facts["reason"] in CLOSED and again in recorded and facts["member"] not in forgotten:
                     yield f"{facts['member']} tried round {facts['round']} again, which is recorded: {facts['reason']}"
             elif facts["kind"] in ("update", "forgotten"):
                 body = json.loads(facts["body"])
                 if facts["kind"] == "update":
-                    recorded.add((body["member"], body["round"], body["digest"]))
+                    recorded.add((facts["run"], body["member"], body["round"], body["digest"]))
                 else:
                     forgotten.add(body["member"])
 

@@ -1,6 +1,7 @@
 """A member that lies: it speaks the protocol well, and says what is not so."""
 
 import asyncio
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -156,16 +157,22 @@ class Liar:
         truth, announced = honest.begin.manifest.digest.hex(), int(changed.begin == honest.begin)
         self._announced[truth] += announced
         got = await self._outcome(self._deliver(changed))
-        if self._announced[truth] > announced and self._is_recorded(honest):
-            # By a second order that was worked on beside the first, or by a stream that broke off when all was there,
-            # and not by this lie. Whoever names its digest gets its receipt, whatever else they say.
+        # By a second order that was worked on beside the first, or by a stream that broke off when all was there, but
+        # not by this lie. Whoever names its digest gets its receipt, whatever else they say.
+        recorded = self._recorded(honest)
+        if recorded == truth and self._announced[truth] > announced:
             expected |= {"UPDATE_CONFLICT"} if own else {"UPDATE_CONFLICT", "OK"}
+        elif recorded not in (None, truth):
+            expected |= {"UPDATE_CONFLICT"}
         return self._note(name, got, expected, digest)
 
-    def _is_recorded(self, update: Update) -> bool:
-        digest = update.begin.manifest.digest.hex()
-        log = self._world.records.logs[update.begin.run_id]
-        return any(entry.kind == "update" and f'"{digest}"' in entry.body for entry in log)
+    def _recorded(self, update: Update) -> str | None:
+        """Return the digest of what is recorded of the liar in this update's round."""
+        for entry in self._world.records.logs[update.begin.run_id]:
+            body = json.loads(entry.body) if entry.kind == "update" else {}
+            if (body.get("member"), body.get("round")) == (LIAR.name, update.begin.round):
+                return str(body["digest"])
+        return None
 
     async def _other_calls(self, order: Order) -> None:
         fetch = DownloadRequest(run_id=order.run_id, digest=bytes(32))
