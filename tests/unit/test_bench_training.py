@@ -65,7 +65,9 @@ def test_too_few_rows_are_refused(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_the_section_is_written_between_its_markers_and_nowhere_else(tmp_path: Path, setting: Setting) -> None:
-    compared = Compared(Side([3.0, 2.0], [2.0, 1.0, 4.0]), Side([3.0, 2.1], [4.0, 5.0, 3.0]), Side([3.0, 2.05]))
+    compared = Compared(
+        Side([[3.0, 2.0], [3.0, 2.2]], [2.0, 1.0, 4.0]), Side([[3.0, 2.1], [3.0, 1.9]], [4.0, 5.0, 3.0])
+    )
     overhead = Overhead([0.2, 0.4, 0.3], [0.1, 0.1, 0.5], 4, [1, 1], [1, 1])
     assert compared.ratio == 2.0
     path = tmp_path / "performance.md"
@@ -74,6 +76,8 @@ def test_the_section_is_written_between_its_markers_and_nowhere_else(tmp_path: P
     once = path.read_text()
     assert once.startswith("# Before\n\nkept\n")
     assert "| 2.00 |" in once
+    # By hand: means of 2.1 and 2.0; variances of 0.02 each over two orders, so a standard error of 0.1414.
+    assert "loss is 5.0% above the Trainer's (means over the orders), with a standard error of 7.1%: no more" in once
     path.write_text(f"{once}\nafter, kept\n")
     report.write_section(path, setting, compared, None, "another command")
     twice = path.read_text()
@@ -84,3 +88,11 @@ def test_the_section_is_written_between_its_markers_and_nowhere_else(tmp_path: P
     path.write_text(twice.replace(report.END, ""))
     with pytest.raises(InputError):
         report.write_section(path, setting, compared, None, "x")
+
+
+def test_losses_that_differ_by_more_than_their_orders_are_called_different(tmp_path: Path, setting: Setting) -> None:
+    compared = Compared(Side([[3.0, 2.0], [3.0, 2.02]], [1.0]), Side([[3.0, 2.2], [3.0, 2.22]], [1.0]))
+    path = tmp_path / "performance.md"
+    report.write_section(path, setting, compared, None, "python -m something")
+    assert "9.0% below the Trainer's" in path.read_text()
+    assert ": more than the order" in path.read_text()

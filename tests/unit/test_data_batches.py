@@ -73,6 +73,36 @@ def test_passes_do_not_overlap() -> None:
     assert sorted(flat[:20] + [n for n in flat[20:25] if n not in flat[:20]]) == list(range(1, 24))
 
 
+def test_every_step_has_sequences_of_few_and_of_many_examples_in_the_proportion_of_the_whole() -> None:
+    few: list[Row] = [(example(n, 5),) for n in range(1, 13)]
+    many: list[Row] = [tuple(example(n, 1) for _ in range(5)) for n in range(13, 25)]
+    for number in range(20):
+        found = steps(12, [*few, *many], packed=True, batch_size=4, round_number=number)
+        assert {step.examples for step in found} == {2 * 1 + 2 * 5}
+
+
+@pytest.mark.parametrize("counts", [[1] * 8, [1, 1, 1, 2, 2, 4, 4, 9]])
+def test_every_sequence_is_as_likely_in_any_step(counts: list[int]) -> None:
+    rows: list[Row] = [tuple(example(n, 1) for _ in range(count)) for n, count in enumerate(counts)]
+    passes = 3000
+    firsts = [
+        {
+            int(row[0])
+            for row in steps(1, rows, batch_size=2, packed=True, round_number=number)[0]
+            .micro_batches[0]
+            .inputs["input_ids"]
+        }
+        for number in range(passes)
+    ]
+    # Two of eight a step; five standard deviations of the binomial.
+    in_first = Counter(n for step in firsts for n in step)
+    assert all(abs(in_first[n] - passes / 4) < 5 * (passes * 3 / 16) ** 0.5 for n in range(8))
+    if len(set(counts)) == 1:  # then there is nothing to balance, and any two may meet
+        pairs = Counter(frozenset(step) for step in firsts)
+        assert len(pairs) == 28
+        assert all(abs(times - passes / 28) < 5 * (passes * 27 / 28**2) ** 0.5 for times in pairs.values())
+
+
 def test_a_rank_without_a_share_takes_part_without_loss() -> None:
     two = [steps(1, ROWS[:1], rank=rank, world=2)[0] for rank in range(2)]
     assert [len(step.micro_batches) for step in two] == [1, 1]

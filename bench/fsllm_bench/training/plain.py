@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def serve(setting: Setting, turns: Connection) -> None:
+def serve(setting: Setting, turns: Connection, order: int = 0) -> None:
     """Train pass after pass over the rows; wait for a turn before each, and answer with its seconds.
 
-    Every answer is (seconds, path of the adapter after the pass).
+    Every answer is (seconds, path of the adapter after the pass). Each ``order`` shuffles the rows in its own way.
     """
     _alone()
     import torch
@@ -77,6 +77,7 @@ def serve(setting: Setting, turns: Connection) -> None:
             max_grad_norm=plan.train.max_grad_norm,
             bf16=plan.train.precision == "bf16",
             seed=plan.seed,
+            data_seed=plan.seed + order,
             deepspeed=deepspeed_config(setting),
             save_strategy="no",
             report_to=[],

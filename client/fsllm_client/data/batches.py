@@ -107,7 +107,7 @@ class TrainingBatches:
     It passes over all sequences again and again, each pass in a new order given by seed, round and pass. A step never
     holds a sequence twice: a site with fewer sequences than ``batch_size`` takes all of them as one step. Within a
     step, sequences of like length share a micro batch, which saves padding; across steps nothing is grouped, for a
-    step of like lengths is often a step of one kind of task.
+    step of like lengths is often a step of one kind of task: every step is a sample of the whole.
 
     Args:
         sequences: At least one, in the same order on every rank.
@@ -137,6 +137,7 @@ class TrainingBatches:
     ) -> None:
         self._sequences = sequences
         self._lengths = np.array([sum(len(example) for example in row) for row in sequences])
+        self._counts = np.array([len(row) for row in sequences])
         self._packed = packed
         self._batch_size = min(batch_size, len(sequences))
         share = ceil(self._batch_size / world)
@@ -154,13 +155,29 @@ class TrainingBatches:
         while True:
             while len(pending) < self._batch_size:
                 random = np.random.default_rng([*self._seeds, passes])
-                fresh = [int(index) for index in random.permutation(len(self._sequences))]
+                fresh = self._shuffle(random)
                 passes += 1
                 # A step that spans two passes takes what it does not have yet; the rest keeps its order.
                 held = set(pending)
                 pending += [index for index in fresh if index not in held] + [index for index in fresh if index in held]
             taken, pending = pending[: self._batch_size], pending[self._batch_size :]
             yield self._step(taken)
+
+    def _shuffle(self, random: np.random.Generator) -> list[int]:
+        """Return a pass's order: in every step so many sequences of few examples, and of many, as in the whole.
+
+        Packing leaves the short examples for its last sequences. Were those dealt out by chance, steps would differ
+        more than steps of so many single examples do, and Adam, which divides by the gradients' spread, would learn
+        less from each example. So the sequences are sorted by their number of examples into as many strata as a step
+        has sequences, and each stratum is spread evenly over the pass, in an order of its own.
+        """
+        shuffled = random.permutation(len(self._sequences))
+        by_examples = shuffled[np.argsort(self._counts[shuffled], kind="stable")]
+        when = np.empty(len(by_examples))
+        for stratum in np.array_split(np.arange(len(by_examples)), self._batch_size):
+            size = len(stratum)
+            when[stratum] = (random.permutation(size) + random.random(size)) / size
+        return [int(index) for index in by_examples[np.argsort(when)]]
 
     def _step(self, taken: list[int]) -> Step:
         # Dealt out by length, so that the ranks' shares cost alike; a rank waits for the slowest.
