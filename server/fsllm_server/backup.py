@@ -32,7 +32,7 @@ from fsllm_server.engine.state import Run
 from fsllm_server.store.events import Entry
 from fsllm_server.store.files import shared
 from fsllm_server.store.folder import BLOBS, DATABASE, SPOOLS
-from fsllm_server.store.layout import RESTORING, demand_known, layout_of
+from fsllm_server.store.layout import LAYOUT, RESTORING, refuse_unfinished
 from fsllm_server.store.restored import RESTORED, Restoration
 from fsllm_server.store.spools import KEEP, member_folder
 
@@ -73,11 +73,12 @@ def back_up(
         FsllmError: STATE_CORRUPT: the log names a file that is not there. STATE_NEWER. DISK_FULL.
 
     """
-    layout = layout_of(state) if (state / SPOOLS).is_dir() else None
+    refuse_unfinished(state)
+    layout = LAYOUT.of(state) if (state / SPOOLS).is_dir() else None
     if layout is None or not database.exists():
         what = f"{state} holds no server's state" if layout is None else f"there is no database {database}"
         raise SettingsInvalid(f"--state-dir: {what}", cure="Name the folder with which the server runs.")
-    demand_known(layout, f"state folder {state}")
+    LAYOUT.demand_known(layout, f"state folder {state}")
     with _fresh(target) as out, shared(state / SPOOLS / KEEP), _snapshot(database, target) as snapshot:
         runs = _runs(snapshot)
         files = [(DATABASE, snapshot), *_secrets(state), *_payloads(state, runs)]
@@ -323,7 +324,7 @@ def _header(archive: Path, member: tarfile.TarInfo, content: IO[bytes]) -> dict[
     header = _read_json(archive, content)
     if not isinstance(header.get("layout"), int) or {"made", "federation"} - header.keys():
         raise _invalid(archive, f"{HEADER} is incomplete")
-    demand_known(header["layout"], f"{archive} (of fsllm {header.get('software')})")
+    LAYOUT.demand_known(header["layout"], f"{archive} (of fsllm {header.get('software')})")
     return header
 
 

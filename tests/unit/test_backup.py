@@ -16,13 +16,14 @@ from engine_harness import Member, Server, make_plan
 
 from fsllm.v1 import control_pb2
 from fsllm_common.errors import Exit, FsllmError, SettingsInvalid
+from fsllm_common.layout import FILE
 from fsllm_server import backup
 from fsllm_server.backup import back_up, restore
 from fsllm_server.certificates import open_authority
 from fsllm_server.cli import main
 from fsllm_server.engine.events import dump
 from fsllm_server.store.folder import DATABASE, StateFolder
-from fsllm_server.store.layout import FILE, LAYOUT, RESTORING
+from fsllm_server.store.layout import LAYOUT, RESTORING
 from fsllm_server.store.restored import RESTORED, Restoration, forget
 
 
@@ -268,7 +269,7 @@ def test_an_archive_made_to_do_harm_does_none(archive: Path, tmp_path: Path, nam
 async def test_a_back_up_of_the_future(tmp_path: Path) -> None:
     async with Folder(tmp_path / "old") as old:
         await half_a_run(old)
-        (tmp_path / "old" / FILE).write_text(f"{LAYOUT + 1}\n")
+        (tmp_path / "old" / FILE).write_text(f"{LAYOUT.newest + 1}\n")
         with pytest.raises(FsllmError) as newer:
             old.back_up(tmp_path / "backup.tar")
         assert newer.value.reason == "STATE_NEWER"
@@ -276,7 +277,7 @@ async def test_a_back_up_of_the_future(tmp_path: Path) -> None:
         StateFolder(tmp_path / "old")
     assert newer.value.reason == "STATE_NEWER"
     # The refused start has not kept the folder.
-    (tmp_path / "old" / FILE).write_text(f"{LAYOUT}\n")
+    (tmp_path / "old" / FILE).write_text(f"{LAYOUT.newest}\n")
     StateFolder(tmp_path / "old").close()
 
 
@@ -310,7 +311,7 @@ async def test_a_state_folder_of_the_first_release_is_carried_on(tmp_path: Path)
         before = server.engine.get_run(run)
     make_old(tmp_path / "state")
     async with Folder(tmp_path / "state") as server:
-        assert (tmp_path / "state" / FILE).read_text() == f"{LAYOUT}\n"
+        assert (tmp_path / "state" / FILE).read_text() == f"{LAYOUT.newest}\n"
         after = server.engine.get_run(run)
         assert [c.version for c in after.commits] == [c.version for c in before.commits]
         assert [c.contributions for c in after.commits] == [c.contributions for c in before.commits]

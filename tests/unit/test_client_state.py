@@ -10,8 +10,9 @@ from fsllm.v1.tensors_pb2 import Manifest
 from fsllm_client.site.model import check_model_digest, model_digest
 from fsllm_client.site.outbox import Outbox, Parcel
 from fsllm_client.site.runs import RunBook
-from fsllm_client.site.state import StateFolder, default_state_folder
+from fsllm_client.site.state import LAYOUT, StateFolder, default_state_folder
 from fsllm_common.errors import FsllmError, ModelUnusable, Refused, SettingsInvalid
+from fsllm_common.layout import FILE
 from fsllm_common.plan import Plan
 
 PLAN = Plan.model_validate({"name": "ward", "model": {"name": "m"}})
@@ -19,7 +20,8 @@ PLAN = Plan.model_validate({"name": "ward", "model": {"name": "m"}})
 
 def test_the_state_folder_is_the_owners_alone_and_one_daemons(tmp_path: Path) -> None:
     state = StateFolder(tmp_path / "state")
-    assert {path.stat().st_mode & 0o777 for path in (state.root, *state.root.iterdir())} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in (state.root, *state.root.iterdir())} == {0o700, 0o600}
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in (state.root, *state.root.iterdir()) if path.is_dir())
     assert state.daemon_pid() is None
     state.lock()
     with pytest.raises(FsllmError) as caught:
@@ -38,6 +40,23 @@ def test_looking_at_a_state_folder_makes_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     StateFolder(tmp_path / "state")
     assert StateFolder.existing(tmp_path / "state").runs.is_dir()
+
+
+def test_a_state_folder_of_a_newer_fsllm_is_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    state = StateFolder(root)
+    assert (root / FILE).read_text() == f"{LAYOUT.newest}\n"
+    (root / FILE).write_text(f"{LAYOUT.newest + 1}\n")
+    (root / "outbox").rmdir()
+    for refused in (lambda: StateFolder(root), lambda: StateFolder.existing(root), state.lock):
+        with pytest.raises(FsllmError) as newer:
+            refused()
+        assert newer.value.reason == "STATE_NEWER"
+    assert not (root / "outbox").exists()
+    # The refused start has not kept the folder; and what 0.1.0 left, which wrote no number, is carried on.
+    (root / FILE).unlink()
+    StateFolder(root).lock().unlock()
+    assert (root / FILE).read_text() == "1\n"
 
 
 def test_a_state_folder_that_is_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

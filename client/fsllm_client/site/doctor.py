@@ -71,6 +71,10 @@ async def examine(settings: DoctorSettings) -> list[Check]:
 def _state(state: StateFolder) -> Check:
     if not state.root.is_dir():
         return Check("state folder", "warning", f"{state.root} is not there yet", "The daemon makes it.")
+    try:
+        state.demand_known()
+    except FsllmError as error:
+        return _failed("state folder", error)
     mode = stat.S_IMODE(state.root.stat().st_mode)
     pid = state.daemon_pid()
     who = f"; the daemon runs as process {pid}" if pid is not None else "; no daemon runs"

@@ -4,6 +4,7 @@
 
     STATE/                  0700; files 0600
         lock                held by the daemon; its process id
+        layout              the version of all this, see ``fsllm_common.layout``: 1, with or without the file
         policy.toml         the site's policy, unless the setting names another file
         ledger.jsonl        the privacy ledger
         identity/           the key, the certificate, the federation's CA
@@ -21,12 +22,15 @@ from typing import Final, Self
 
 from fsllm_common.errors import FsllmError, SettingsInvalid
 from fsllm_common.files import disk_errors, make_folder
+from fsllm_common.layout import Layout
 from fsllm_common.telemetry.logs import get_logger
 
 log = get_logger()
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+
+LAYOUT: Final = Layout(newest=1, steps={}, begun="runs")
 
 
 def default_state_folder() -> Path:
@@ -51,6 +55,7 @@ class StateFolder:
 
         Raises:
             SettingsInvalid: The folder can not be made or written, or others can read the secrets in it.
+            FsllmError: STATE_NEWER, STATE_CORRUPT.
 
         """
         self.root = root.expanduser().resolve()
@@ -64,6 +69,7 @@ class StateFolder:
 
         Raises:
             SettingsInvalid: There is none.
+            FsllmError: STATE_NEWER, STATE_CORRUPT.
 
         """
         state = cls(root, make=False)
@@ -72,12 +78,25 @@ class StateFolder:
                 f"{state.root} is not the state folder of a site",
                 cure="Name the daemon's with --state-dir or FSLLM_STATE_DIR; the daemon makes it when it first starts.",
             )
+        state.demand_known()
         return state
+
+    def demand_known(self) -> None:
+        """Refuse a folder that a newer fsllm has written.
+
+        Raises:
+            FsllmError: STATE_NEWER, STATE_CORRUPT.
+
+        """
+        LAYOUT.demand_known(LAYOUT.of(self.root), f"state folder {self.root}")
 
     def _make(self) -> None:
         try:
             with disk_errors(self.root):
                 make_folder(self.root)
+                if LAYOUT.of(self.root) is None:
+                    LAYOUT.migrate(self.root)  # what begins now begins with the newest
+                self.demand_known()
                 _close_to_others(self.root, only_warn=True)
                 for folder in (self.identity, self.runs, self.cache, self.outbox, self.trainer):
                     make_folder(folder)
@@ -128,10 +147,10 @@ class StateFolder:
         return self.runs / run_id / "private"
 
     def lock(self) -> Self:
-        """Take the folder for this process, until it ends.
+        """Take the folder for this process, until it ends, and bring it to this version's layout.
 
         Raises:
-            FsllmError: STATE_LOCKED, with the other process's id.
+            FsllmError: STATE_LOCKED, with the other process's id. STATE_NEWER, STATE_CORRUPT, DISK_FULL.
 
         """
         descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
@@ -144,6 +163,11 @@ class StateFolder:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._lock = descriptor
+        try:
+            LAYOUT.migrate(self.root)
+        except BaseException:
+            self.unlock()
+            raise
         return self
 
     def unlock(self) -> None:

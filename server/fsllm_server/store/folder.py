@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fsllm_common.errors import FsllmError, SettingsInvalid
-from fsllm_server.store.layout import migrate
+from fsllm_server.store.layout import LAYOUT, refuse_unfinished
 
 DATABASE: Final = "fsllm.sqlite3"
 """In the folder, unless the settings name another database."""
@@ -46,7 +46,8 @@ class StateFolder:
                 raise SettingsInvalid(f"state folder {self.root}: can not be locked: {error.strerror}") from error
             raise FsllmError("STATE_LOCKED", f"state folder {self.root} is in use by another process") from None
         try:
-            migrate(self.root)
+            refuse_unfinished(self.root)
+            LAYOUT.migrate(self.root)
         except BaseException:
             self.close()
             raise
