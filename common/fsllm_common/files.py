@@ -52,18 +52,29 @@ def write_behind(descriptor: int, end: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` survive a power loss."""
+    """Make renames and removals in ``folder`` survive a power loss.
+
+    Raises:
+        Unavailable: DISK_FULL, DISK_FAILED.
+
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        reach("folder.sync")
-        os.fsync(descriptor)
+        with disk_errors(folder):
+            reach("folder.sync")
+            os.fsync(descriptor)
         reach("folder.synced")
     finally:
         os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` (0700) and its missing parents so that they survive a power loss."""
+    """Make ``folder`` (0700) and its missing parents so that they survive a power loss.
+
+    Raises:
+        Unavailable: DISK_FULL, DISK_FAILED.
+
+    """
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -72,7 +83,8 @@ def make_folder(folder: Path) -> None:
     with suppress(PermissionError):  # a parent that is not ours to read is not ours to sync
         sync_folder(folder.parent)
     for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
+        with disk_errors(path.parent):
+            path.mkdir(mode=0o700, exist_ok=True)
         sync_folder(path.parent)
 
 

@@ -127,7 +127,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fedper": {},
     "fedrep": {},
-    "apfl": {"train": PLAIN_SGD},
+    "apfl": {"train": {**PLAIN_SGD, "learning_rate": 0.2}},
     "fedalt": {},
     "fdlora": {},
     "fedmezo": {"train": ZEROTH},

@@ -11,6 +11,7 @@ from tests.system.runs import noop_plan, submit
 
 from fsllm.v1 import control_pb2 as control
 from fsllm_common.errors import Exit
+from fsllm_common.failpoints import VARIABLE
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,29 @@ def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
         (server.state / "layout").unlink()
         (server.state / "layout").mkdir()
         refused(server.state, "layout: Is a directory")
+
+
+@pytest.mark.parametrize("point", ["file.sync", "folder.sync"])
+def test_a_disk_that_fails_while_the_server_starts(point: str, tmp_path: Path) -> None:
+    """Whichever of the first start's syncs it is, and however many starts have failed before."""
+    server = ServerProcess(tmp_path / "server")
+    endings: list[int] = []
+    while not endings or endings[-1]:
+        server.environment = {VARIABLE: f"{point}=eio@{len(endings) + 1}"}
+        try:
+            server.start()
+        except ServerEnded as ended:
+            endings.append(ended.code)
+        else:
+            endings.append(0)
+    try:
+        assert len(endings) > 3
+        assert set(endings) == {Exit.STORAGE, 0}
+        assert server.log.count("[DISK_FAILED]") == len(endings) - 1
+        assert "Traceback" not in server.log
+        Peer(server, server.enroll("anna")).attach()
+    finally:
+        server.kill()
 
 
 def test_runs_hear_of_a_revocation_that_the_server_ended_in(tmp_path: Path) -> None:

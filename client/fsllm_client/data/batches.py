@@ -164,7 +164,7 @@ class TrainingBatches:
             yield self._step(taken)
 
     def _shuffle(self, random: np.random.Generator) -> list[int]:
-        """Return a pass's order: in every step so many sequences of few examples, and of many, as in the whole.
+        """Return a pass's order; packed sequences of few examples and of many are spread over it evenly.
 
         Packing leaves the short examples for its last sequences. Were those dealt out by chance, steps would differ
         more than steps of so many single examples do, and Adam, which divides by the gradients' spread, would learn
@@ -172,6 +172,8 @@ class TrainingBatches:
         has sequences, and each stratum is spread evenly over the pass, in an order of its own.
         """
         shuffled = random.permutation(len(self._sequences))
+        if not self._packed:
+            return [int(index) for index in shuffled]
         by_examples = shuffled[np.argsort(self._counts[shuffled], kind="stable")]
         when = np.empty(len(by_examples))
         for stratum in np.array_split(np.arange(len(by_examples)), self._batch_size):
