@@ -58,7 +58,11 @@ class Operator:
                 break
             if run.status == control_pb2.RUN_STATUS_PAUSED and (world.quiet or world.chance.random() < 0.2):
                 await self._until_done("ResumeRun", {"RUN_NOT_PAUSED", "RUN_ENDED"}, run_id=self._run)
-        # A moment for what is still on its way.
+        # A moment for what is still on its way. Then every site attaches once more, which a renewal of its certificate
+        # brings about within a day: it asks what has become of results of a round that went on without it.
+        await asyncio.sleep(60.0)
+        for connection in list(world.network.connections.values()):
+            connection.cut()
         await asyncio.sleep(60.0)
         for task in tasks:
             task.cancel()
